@@ -1,0 +1,61 @@
+"""What crosses between the driver process and the worker processes. Floor 0: standard library only.
+
+Everything here must unpickle without torch: Ray's controller process handles the values without having
+torch loaded. Tensors therefore travel inside ``bytes`` that only raylit opens, on a worker or on the driver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class World:
+    """Where one worker stands in the run. Ranks count from 0."""
+
+    global_rank: int = 0
+    local_rank: int = 0
+    node_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    node_name: str = "localhost"
+    # Storage folder of the run and the pyarrow filesystem path are the driver's to choose; None: nothing is kept.
+    storage_path: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of ``fit``, ``validate``, ``test`` or ``predict`` as a worker receives it.
+
+    ``payload`` is cloudpickle of the parts that hold torch objects (module, loaders, callbacks, trainer settings);
+    ``channel`` is the address of the driver's listener, or None where nothing is shown while the run goes on.
+    """
+
+    stage: str
+    payload: bytes
+    channel: ChannelAddress | None = None
+    sys_path: tuple[str, ...] = ()
+    working_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class ChannelAddress:
+    """Where workers send live events: a TCP listener on the driver's node, with a random key for its HMAC handshake."""
+
+    host: str
+    port: int
+    key: bytes
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """An exception of a user's or raylit's code on one worker, in a form any process can unpickle."""
+
+    rank: int
+    node_name: str
+    type_name: str  # qualified, for the message when the type itself cannot be unpickled
+    message: str
+    pickled: bytes | None  # cloudpickle of the exception without traceback; None where it cannot be pickled
+    frames: tuple[tuple[str, int, str, str], ...]  # the user's own frames: (file, line, function, source line)
+    where: dict[str, Any] = field(default_factory=dict)  # stage, epoch, batch_idx, global_step where known
