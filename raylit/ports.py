@@ -1,0 +1,145 @@
+"""The small interfaces through which the engine reaches the rest of the house. Floor 1: torch, never Ray.
+
+Each port says in which process its implementations run. The engine sees nothing but these; ``assemble`` picks the
+concrete parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Collective(Protocol):
+    """Talk between the workers of one run (worker side). Every call is a barrier: all ranks must reach it."""
+
+    rank: int
+    world_size: int
+    device: torch.device  # tensors given to all_gather and all_reduce lie here
+
+    def barrier(self) -> None: ...
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Gather a tensor of one shape and dtype from every rank, in rank order; one collective."""
+        ...
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Gather a picklable object from every rank, in rank order."""
+        ...
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s object on every rank."""
+        ...
+
+    def all_reduce(self, tensor: Tensor, op: str = "mean") -> Tensor:
+        """Reduce over the ranks with ``"mean"``, ``"sum"``, ``"min"`` or ``"max"`` into a new tensor."""
+        ...
+
+
+class Precision(Protocol):
+    """Number formats (worker side)."""
+
+    name: str
+    scaled: bool  # a gradient scaler is at work: the step must unscale before clipping
+
+    def convert_module(self, module: nn.Module) -> None: ...
+
+    def convert_batch(self, batch: Any) -> Any: ...
+
+    def forward_context(self) -> AbstractContextManager[Any] | None:
+        """Return a context to run a step's forward pass in, or None where none is needed."""
+        ...
+
+    def scale(self, loss: Tensor) -> Tensor: ...
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the scale, once an optimizer step."""
+        ...
+
+    def step(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+        """Call ``step``, or leave it out where the scaled gradients were not finite."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Strategy(Protocol):
+    """How one Module runs on this worker's devices and together with the other workers (worker side)."""
+
+    name: str
+    device: torch.device
+    collective: Collective
+
+    def setup_module(self, module: nn.Module) -> None:
+        """Move the module to the device and convert it (SyncBatchNorm); before ``configure_optimizers``."""
+        ...
+
+    def wrap_training_step(self, module: nn.Module, step: Callable[..., Any], *, several_optimizers: bool,
+                           manual: bool) -> Callable[..., Any]:
+        """Return what the engine calls as ``training_step``; under DDP the pass through it arms the reducer."""
+        ...
+
+    def no_sync(self) -> AbstractContextManager[Any] | None:
+        """Return a context in which backward does not all-reduce, or None where there is nothing to leave out."""
+        ...
+
+    def reduce_gradients(self, optimizer: Optimizer) -> None:
+        """Average the gradients over the workers where backward did not (manual optimisation)."""
+        ...
+
+    def anyone_took_part(self) -> bool:
+        """After the last backward of a group that this rank skipped whole: did any rank have a loss in it?"""
+        ...
+
+    def teardown(self) -> None: ...
+
+
+@runtime_checkable
+class Display(Protocol):
+    """What a person sees while a run goes on (rank 0 sends; driver or local process draws)."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Show one event. Events are plain JSON values; the kinds are listed in ``raylit/display/events.py``."""
+        ...
+
+
+class RunLogger(Protocol):
+    """A place where metrics are kept (rank 0). Values arrive as floats, after the device has them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None: ...
+
+    def save(self) -> None: ...
+
+    def finalize(self, status: str) -> None: ...
+
+
+class CheckpointSink(Protocol):
+    """Where the engine's checkpoints go (worker side)."""
+
+    def save(self, checkpoint: Mapping[str, Any], metrics: Mapping[str, float], name: str) -> None:
+        """Keep a checkpoint under ``name``; every rank calls it, rank 0's dictionary is the one kept."""
+        ...
+
+
+class LoaderLike(Protocol):
+    """One rank's loader as ``raylit.data`` prepares it."""
+
+    num_batches: int | None
+    samples_per_step: int
+    equal_steps: bool
+
+    def set_epoch(self, epoch: int, start_sample: int = 0) -> None: ...
+
+    def __iter__(self) -> Any: ...
+
+
+Loaders = Sequence[LoaderLike]
