@@ -1,0 +1,48 @@
+"""DataModule: loaders and their preparation, kept apart from the Module. Floor 1; a copy lives on every worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raylit.hparams import HyperparametersMixin
+
+
+class DataModule(HyperparametersMixin):
+    """Override what you need; a loader method that is missing falls back to the Module's.
+
+    ``prepare_data`` runs once in the whole run, on global rank 0, while all others wait
+    (``prepare_data_per_node = True``: once on each node). ``setup`` and ``teardown`` run on every worker.
+    """
+
+    prepare_data_per_node: bool = False
+    trainer: Any = None
+
+    def prepare_data(self) -> None: ...
+    def setup(self, stage: str) -> None: ...
+    def teardown(self, stage: str) -> None: ...
+
+    def train_dataloader(self) -> Any:
+        """Return a DataLoader, any iterable of batches, or a list of these."""
+
+    def val_dataloader(self) -> Any:
+        """Return a DataLoader, any iterable of batches, or a list of these."""
+
+    def test_dataloader(self) -> Any:
+        """Return a DataLoader, any iterable of batches, or a list of these."""
+
+    def predict_dataloader(self) -> Any:
+        """Return a DataLoader, any iterable of batches, or a list of these."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this DataModule."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The trainer belongs to one process.
+        return {key: value for key, value in self.__dict__.items() if key != "trainer"}

@@ -1,0 +1,246 @@
+"""What everyone but the engine sees of a run. Floor 1.
+
+``RunState`` is written by the engine alone. ``TrainerView`` is the read side of it: the ``trainer`` that hooks receive in a
+worker, and the base of the ``Trainer`` that the caller holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raylit.errors import ConfigError, RaylitError
+from raylit.stage import Loop, Stage, Status
+from raylit.wire import World
+
+if TYPE_CHECKING:
+    from raylit.callback import Callback
+    from raylit.datamodule import DataModule
+    from raylit.module import Module
+
+
+@dataclass
+class RunState:
+    """Everything that changes while a run goes on. Counts start at 0 and count what is done."""
+
+    world: World = field(default_factory=World)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stage: Stage | None = None
+    loop: Loop | None = None
+    status: Status = Status.INITIALIZING
+    epoch: int = 0  # epochs finished; the number of the epoch that runs
+    global_step: int = 0  # rounds of optimizer steps since training began
+    batch_idx: int = -1  # batch that runs, or ran last, in this epoch
+    stop_requested: bool = False
+    max_epochs: int = -1
+    max_steps: int = -1
+    num_training_batches: int | float = 0  # of this rank in one epoch; inf where the loader cannot tell
+    module: Module | None = None
+    datamodule: DataModule | None = None
+    callbacks: list[Callback] = field(default_factory=list)
+    loggers: list[Any] = field(default_factory=list)
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    lr_schedulers: list[Any] = field(default_factory=list)
+    callback_metrics: dict[str, Tensor] = field(default_factory=dict)
+    logged_metrics: dict[str, Tensor] = field(default_factory=dict)
+    progress_bar_metrics: dict[str, Tensor] = field(default_factory=dict)
+    log_dir: str | None = None
+    strategy_name: str = "single"
+    precision: str = "32-true"
+    history: Any = None
+
+
+class TrainerView:
+    """The run as hooks may read it. ``should_stop`` may also be set: training ends after this batch, on all workers."""
+
+    _state: RunState
+
+    def __init__(self, state: RunState | None = None) -> None:
+        self._state = RunState() if state is None else state
+
+    # -- where this process stands -------------------------------------------------------------------------------
+    @property
+    def global_rank(self) -> int:
+        """Rank of this worker in the run, from 0."""
+        return self._state.world.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """Rank of this worker on its node, from 0."""
+        return self._state.world.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Rank of this worker's node, from 0."""
+        return self._state.world.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of workers in the run."""
+        return self._state.world.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """True on the worker with global rank 0, and in a single process."""
+        return self._state.world.global_rank == 0
+
+    # -- progress ------------------------------------------------------------------------------------------------
+    @property
+    def current_epoch(self) -> int:
+        """Number of the epoch that runs, from 0; after a fit, the number of epochs done."""
+        return self._state.epoch
+
+    @property
+    def global_step(self) -> int:
+        """Rounds of optimizer steps done since training began."""
+        return self._state.global_step
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs to train; -1 where there is no limit."""
+        return self._state.max_epochs
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps to train; -1 where there is no limit."""
+        return self._state.max_steps
+
+    @property
+    def num_training_batches(self) -> int | float:
+        """Batches of this worker in one training epoch; ``inf`` where the loader cannot tell."""
+        return self._state.num_training_batches
+
+    @property
+    def sanity_checking(self) -> bool:
+        """True while the validation batches before training run."""
+        return self._state.loop is Loop.SANITY
+
+    @property
+    def training(self) -> bool:
+        """True while training batches run."""
+        return self._state.loop is Loop.TRAIN
+
+    @property
+    def state(self) -> Status:
+        """Where the run stands: initializing, running, finished, interrupted or failed."""
+        return self._state.status
+
+    @property
+    def stage(self) -> Stage | None:
+        """The entry point that runs: fit, validate, test or predict; None before the first."""
+        return self._state.stage
+
+    @property
+    def should_stop(self) -> bool:
+        """True once someone asked training to end."""
+        return self._state.stop_requested
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        self._state.stop_requested = bool(value)
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+    @property
+    def model(self) -> Module | None:
+        """The Module of the run."""
+        return self._state.module
+
+    lightning_module = model
+
+    @property
+    def datamodule(self) -> DataModule | None:
+        """The DataModule of the run, if there is one."""
+        return self._state.datamodule
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """The callbacks of the run, in the order in which their hooks are called."""
+        return self._state.callbacks
+
+    @property
+    def checkpoint_callback(self) -> Callback | None:
+        """The first ModelCheckpoint among the callbacks, if any."""
+        return next((c for c in self._state.callbacks if type(c).__name__ == "ModelCheckpoint"), None)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers of the fit, on a worker."""
+        return self._state.optimizers
+
+    @property
+    def lr_schedulers(self) -> list[Any]:
+        """The learning rate schedulers of the fit, on a worker."""
+        return self._state.lr_schedulers
+
+    @property
+    def loggers(self) -> list[Any]:
+        """The loggers of the run."""
+        return self._state.loggers
+
+    @property
+    def logger(self) -> Any:
+        """The first logger, or None."""
+        return self._state.loggers[0] if self._state.loggers else None
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run folder on this machine, or None before a run."""
+        return self._state.log_dir
+
+    @property
+    def precision(self) -> str:
+        """Number format of the run, e.g. ``"32-true"`` or ``"bf16-mixed"``."""
+        return self._state.precision
+
+    # -- metrics -------------------------------------------------------------------------------------------------
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """All metrics logged last, by name."""
+        return self._state.callback_metrics
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The metrics last sent to the loggers."""
+        return self._state.logged_metrics
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, Tensor]:
+        """The metrics logged with ``prog_bar=True``."""
+        return self._state.progress_bar_metrics
+
+    @property
+    def history(self) -> Any:
+        """A ``pyarrow.Table``: one row for each logged step or epoch, one column a metric; None before a fit."""
+        history = self._state.history
+        return history.table() if hasattr(history, "table") else history
+
+    # -- requests ------------------------------------------------------------------------------------------------
+    def save_checkpoint(self, path: str, weights_only: bool = False) -> None:
+        """Write a checkpoint of the run as it stands; on several workers all ranks must call it."""
+        raise RaylitError("save_checkpoint works while a run goes on: call it in a hook")
+
+    def _refuse_entry(self, name: str) -> ConfigError:
+        return ConfigError(f"trainer.{name}() cannot be called inside a run; call it in the script that made the Trainer")
+
+
+class WorkerTrainer(TrainerView):
+    """``trainer`` as hooks on a Ray worker see it."""
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a run is going on."""
+        raise self._refuse_entry("fit")
+
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a run is going on."""
+        raise self._refuse_entry("validate")
+
+    def test(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a run is going on."""
+        raise self._refuse_entry("test")
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a run is going on."""
+        raise self._refuse_entry("predict")
