@@ -1,0 +1,1 @@
+"""Optimisation: ``configure_optimizers`` as a plain value, and the small acts of one optimizer step. Floor 2."""
