@@ -1,0 +1,139 @@
+"""``trainer.history``: one row for each logged step or epoch, as a ``pyarrow.Table`` and a Parquet file. Rank 0.
+
+Columns are kept sparse (row numbers and values), so that a metric of epochs costs nothing on the rows of steps. pyarrow
+is imported when a table is first asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from raylit.errors import CheckpointError
+from raylit.metrics.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_OWN = ("epoch", "step")
+
+
+class History:
+    """Rows of ``epoch``, ``step`` (``global_step``) and one float64 column a metric, null where it was not logged.
+
+    A metric that is itself named ``epoch`` or ``step`` has the column ``epoch_logged`` or ``step_logged``.
+    """
+
+    def __init__(self) -> None:
+        self._epochs = array("q")
+        self._steps = array("q")
+        self._columns: dict[str, tuple[array[int], array[float]]] = {}  # row numbers, values
+        self._pending: deque[tuple[int, Snapshot]] = deque()  # rows whose values may still be on the device
+        self._written = 0  # rows in the Parquet file
+
+    def __len__(self) -> int:
+        return len(self._epochs)
+
+    def append(self, epoch: int, step: int, values: Snapshot | Mapping[str, Tensor | float]) -> None:
+        """Add a row. Values given as a Snapshot are read when they are there, in order; nothing waits here."""
+        snapshot = values if isinstance(values, Snapshot) else Snapshot(values)
+        self._epochs.append(epoch)
+        self._steps.append(step)
+        self._pending.append((len(self._epochs) - 1, snapshot))
+        while self._pending and self._pending[0][1].ready():
+            self._take(*self._pending.popleft())
+
+    def _take(self, row: int, snapshot: Snapshot) -> None:
+        for name, value in snapshot.read().items():
+            column = f"{name}_logged" if name in _OWN else name
+            rows, values = self._columns.setdefault(column, (array("q"), array("d")))
+            rows.append(row)
+            values.append(value)
+
+    def _drain(self) -> None:
+        while self._pending:
+            self._take(*self._pending.popleft())
+
+    def table(self) -> pa.Table:
+        """Return all rows; columns in the order in which the metrics first came. Waits for pending values."""
+        import pyarrow as pa
+
+        self._drain()
+        columns = {"epoch": pa.array(self._epochs.tolist(), pa.int64()),
+                   "step": pa.array(self._steps.tolist(), pa.int64())}  # fmt: skip
+        for name, (rows, values) in self._columns.items():
+            dense: list[float | None] = [None] * len(self)
+            for row, value in zip(rows, values):
+                dense[row] = value
+            columns[name] = pa.array(dense, pa.float64())
+        return pa.table(columns)
+
+    def write_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Replace the file with all rows so far, whole or not at all: a reader, or a crash, never meets half of it.
+
+        The cost grows with the number of rows (about 0.1 s for 100,000 rows of 10 metrics): for ends of epochs.
+        """
+        import pyarrow.parquet as pq
+
+        path = os.fspath(path)
+        folder = os.path.dirname(path) or "."
+        os.makedirs(folder, exist_ok=True)
+        table = self.table()
+        temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.tmp")
+        try:
+            pq.write_table(table, temporary)
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+        self._written = len(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position (``rows``), and the rows since the last :meth:`write_parquet` in full."""
+        self._drain()
+        start = self._written
+        tail = {}
+        for name, (rows, values) in self._columns.items():
+            kept = [(row, value) for row, value in zip(rows, values) if row >= start]
+            tail[name] = {"rows": [row for row, _ in kept], "values": [value for _, value in kept]}
+        return {"version": 1, "rows": len(self), "start": start, "epochs": self._epochs[start:].tolist(),
+                "steps": self._steps[start:].tolist(), "columns": tail}  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> None:
+        """Go back to a position: earlier rows from the Parquet file, the rest from the state.
+
+        Rows that the file has beyond the position (the run went on after the checkpoint) are left out. Without
+        ``path``, or where no file is, the history begins with the rows of the state. Raises CheckpointError where the
+        file has fewer rows than the checkpoint counts on.
+        """
+        self.__init__()  # type: ignore[misc]
+        start = state["start"]
+        offset = start
+        if path is not None and os.path.exists(path):
+            self._read(os.fspath(path), start)
+            offset = 0
+        self._epochs.extend(state["epochs"])
+        self._steps.extend(state["steps"])
+        for name, column in state["columns"].items():
+            rows, values = self._columns.setdefault(name, (array("q"), array("d")))
+            rows.extend(row - offset for row in column["rows"])
+            values.extend(column["values"])
+
+    def _read(self, path: str, count: int) -> None:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path).slice(0, count)
+        if table.num_rows < count:
+            raise CheckpointError(f"{path} has {table.num_rows} rows; the checkpoint was made when it had {count}.")
+        self._epochs.extend(table["epoch"].to_pylist())
+        self._steps.extend(table["step"].to_pylist())
+        for name in table.column_names[2:]:
+            kept = [(row, value) for row, value in enumerate(table[name].to_pylist()) if value is not None]
+            if kept:
+                self._columns[name] = (array("q", (r for r, _ in kept)), array("d", (v for _, v in kept)))
+        self._written = count
