@@ -20,7 +20,7 @@ class Collective(Protocol):
 
     rank: int
     world_size: int
-    device: torch.device  # tensors given to all_gather and all_reduce lie here
+    device: torch.device  # tensors given to all_gather and all_reduce lie here or on the CPU
 
     def barrier(self) -> None: ...
 
@@ -30,6 +30,10 @@ class Collective(Protocol):
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Gather a picklable object from every rank, in rank order."""
+        ...
+
+    def gather_object(self, obj: Any) -> list[Any] | None:
+        """Gather a picklable object from every rank on rank 0, in rank order; None on the others."""
         ...
 
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
@@ -81,7 +85,7 @@ class Strategy(Protocol):
         """Move the module to the device and convert it (SyncBatchNorm); before ``configure_optimizers``."""
         ...
 
-    def wrap_training_step(self, module: nn.Module, step: Callable[..., Any], *, several_optimizers: bool,
+    def wrap_training_step(self, module: nn.Module, step: Callable[..., Any], *, optimizers: int,
                            manual: bool) -> Callable[..., Any]:
         """Return what the engine calls as ``training_step``; under DDP the pass through it arms the reducer."""
         ...
@@ -94,8 +98,16 @@ class Strategy(Protocol):
         """Average the gradients over the workers where backward did not (manual optimisation)."""
         ...
 
-    def anyone_took_part(self) -> bool:
-        """After the last backward of a group that this rank skipped whole: did any rank have a loss in it?"""
+    def skip_pass(self) -> None:
+        """Take part in the other ranks' all-reduce with zeros: this rank's training_step returned None."""
+        ...
+
+    def anyone_took_part(self, optimizer_idx: int) -> bool:
+        """At the end of a group that this rank skipped whole: did any rank have a loss in it? Waits for the device."""
+        ...
+
+    def end_group(self, optimizer_idx: int) -> None:
+        """An optimizer has stepped: forget who took part in the group."""
         ...
 
     def teardown(self) -> None: ...

@@ -27,12 +27,13 @@ class HookTable:
         self._own: dict[str, Hook | None] = {}
         self._shared: dict[str, Hook | None] = {}
         self._wants_outputs = False
+        self._named: dict[str, set[str]] = {}  # arguments that the Module's overrides ask for by name
         name_of = type(module).__name__
         for name, spec in MODULE_HOOKS.items():
             function = getattr(module, name, None) if overridden(module, name, module_base) else None
             self._own[name] = None if function is None else adapt(spec, function, name_of)
-            if name == "on_train_epoch_end" and function is not None:
-                self._wants_outputs |= "outputs" in check_signature(spec, function, name_of)[1]
+            self._named[name] = set() if function is None else set(check_signature(spec, function, name_of)[1])
+        self._wants_outputs |= "outputs" in self._named["on_train_epoch_end"]
         for name, spec in CALLBACK_HOOKS.items():
             chain: list[Hook] = []
             for callback in callbacks:
@@ -58,6 +59,10 @@ class HookTable:
         It returns -1 if any of them returned -1, which ends the epoch in ``on_train_batch_start``.
         """
         return self._shared[name]
+
+    def names(self, hook: str, argument: str) -> bool:
+        """True where the Module's override of ``hook`` asks for ``argument`` by name."""
+        return argument in self._named[hook]
 
     @property
     def wants_epoch_outputs(self) -> bool:

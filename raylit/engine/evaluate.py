@@ -1,0 +1,203 @@
+"""Validation, test and prediction: the same loop with other names. Floor 3.
+
+::
+
+    on_X_model_eval (calls eval()), gradients off
+    on_X_start, on_X_epoch_start
+    per dataloader, per batch:
+        on_X_batch_start -> X_step -> X_step_end -> on_X_batch_end
+    X_epoch_end(outputs) -> on_X_epoch_end
+    [metrics reduced over all workers: one collective]
+    on_X_end -> on_X_model_train (restores each submodule's own mode)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylit.engine.decide import resolve_limit
+from raylit.engine.outputs import detached
+from raylit.engine.parts import Parts
+from raylit.metrics.place import BATCH_EVAL, EPOCH_EVAL
+from raylit.ports import LoaderLike
+from raylit.stage import Loop
+
+_ARGUMENT = {
+    Loop.SANITY: "num_sanity_val_steps",
+    Loop.VALIDATION: "limit_val_batches",
+    Loop.TEST: "limit_test_batches",
+    Loop.PREDICT: "limit_predict_batches",
+}
+
+
+class Evaluation:
+    """One kind of evaluation of one run: ``Loop.SANITY``, ``VALIDATION``, ``TEST`` or ``PREDICT``."""
+
+    def __init__(self, parts: Parts, loop: Loop) -> None:
+        self._parts, self._loop = parts, loop
+        self.name = name = "validation" if loop is Loop.SANITY else loop.value
+        own, event = parts.hooks.own, parts.hooks.event
+        step = own(f"{name}_step")
+        if step is None and loop is Loop.PREDICT:
+            predict = parts.module.predict_step  # the default: forward
+            step = lambda batch, batch_idx, dataloader_idx: predict(batch)  # noqa: E731
+        self._step = step
+        self._step_end = own(f"{name}_step_end") if loop is not Loop.PREDICT else None
+        self._epoch_end = own(f"{name}_epoch_end") if loop is not Loop.PREDICT else None
+        self._model_eval, self._model_train = own(f"on_{name}_model_eval"), own(f"on_{name}_model_train")
+        self._start, self._end = event(f"on_{name}_start"), event(f"on_{name}_end")
+        self._epoch_start, self._epoch_ended = event(f"on_{name}_epoch_start"), event(f"on_{name}_epoch_end")
+        self._batch_start, self._batch_end = event(f"on_{name}_batch_start"), event(f"on_{name}_batch_end")
+
+    @property
+    def possible(self) -> bool:
+        """True where the Module has the step of this loop."""
+        return self._step is not None
+
+    def run(self, loaders: list[LoaderLike], limit: int | float) -> tuple[list[dict[str, Tensor]], list[list[Any]]]:
+        """Run all loaders; return the metrics of each, and each one's kept outputs (for prediction, on the CPU)."""
+        state, metrics = self._parts.state, self._parts.metrics
+        outer, state.loop = state.loop, self._loop
+        modes = [(module, module.training) for module in self._parts.module.modules()]
+        _call(self._model_eval, self._parts.module.eval)
+        # inference_mode is the faster, but its tensors may never meet autograd; the person chooses.
+        grads_off = torch.inference_mode() if self._parts.settings.inference_mode else torch.no_grad()
+        metrics.begin(self._loop.value, len(loaders))
+        try:
+            with grads_off:
+                metrics.place = EPOCH_EVAL
+                _call(self._start)
+                _call(self._epoch_start)
+                kept = [self._one_loader(loader, index, limit) for index, loader in enumerate(loaders)]
+                if self._epoch_end is not None:
+                    self._epoch_end(kept[0] if len(kept) == 1 else kept)
+                _call(self._epoch_ended)
+                logged = metrics.end()
+                state.callback_metrics.update(logged.callback)
+                if self._loop is not Loop.SANITY:
+                    state.progress_bar_metrics.update(logged.progress_bar)
+                    state.logged_metrics.update(logged.logger)
+                    self._parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)
+                _call(self._end)
+        finally:
+            if self._model_train is None:
+                for module, mode in modes:
+                    module.training = mode
+            else:
+                self._model_train()
+            state.loop = outer
+        self._parts.output.loop_end(state, self._loop, logged.callback)
+        return _per_loader(logged.callback, len(loaders)), kept
+
+    def _one_loader(self, loader: LoaderLike, index: int, limit: int | float) -> list[Any]:
+        """Run one loader on this rank; return the outputs that an epoch-end hook or the caller will ask for."""
+        parts, step = self._parts, self._step
+        assert step is not None
+        metrics, transfer, state = parts.metrics, parts.transfer, parts.state
+        forward_context, step_end = parts.precision.forward_context, self._step_end
+        predicting = self._loop is Loop.PREDICT
+        keep = predicting or self._epoch_end is not None
+        total = resolve_limit(limit, loader.num_batches, _ARGUMENT[self._loop])
+        loader.set_epoch(0)
+        kept: list[Any] = []
+        refresh = Refresh(parts.output.refresh_s)
+        for batch_idx, batch in enumerate(_first(loader, total)):
+            if transfer is not None:
+                batch = transfer(batch, index)
+            metrics.set_batch(batch, index)
+            metrics.place = BATCH_EVAL
+            if self._batch_start is not None:
+                self._batch_start(batch, batch_idx, index)
+            context = forward_context()
+            if context is None:
+                output = step(batch, batch_idx, index)
+            else:
+                with context:
+                    output = step(batch, batch_idx, index)
+            if step_end is not None:
+                output = step_end(output)
+            if self._batch_end is not None:
+                self._batch_end(output, batch, batch_idx, index)
+            if keep:
+                kept.append(_to_cpu(output) if predicting else detached(output))
+            if refresh.due():
+                parts.output.progress(state, batch_idx + 1, total, None)
+        metrics.place = EPOCH_EVAL
+        return kept
+
+
+class Refresh:
+    """Says when the display is due again; asks the clock alone."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._next = time.perf_counter() + every_s
+
+    def due(self) -> bool:
+        now = time.perf_counter()
+        if now < self._next:
+            return False
+        self._next = now + self._every_s
+        return True
+
+
+def _first(loader: LoaderLike, count: int | None) -> Any:
+    """Yield the first ``count`` batches, and do not load one more only to drop it."""
+    if count is None:
+        yield from loader
+        return
+    if count <= 0:
+        return
+    for done, batch in enumerate(loader, start=1):
+        yield batch
+        if done >= count:
+            return
+
+
+def _per_loader(metrics: dict[str, Tensor], loaders: int) -> list[dict[str, Tensor]]:
+    """Sort metrics by loader: those with a loader's suffix are its own, the others belong to all."""
+    if loaders <= 1:
+        return [metrics]
+    marks = [f"/dataloader_idx_{index}" for index in range(loaders)]
+    return [
+        {k: v for k, v in metrics.items() if k.endswith(mark) or not any(k.endswith(other) for other in marks)}
+        for mark in marks
+    ]
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_to_cpu(item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_cpu(item) for item in value)
+    return value
+
+
+def _call(hook: Callable[..., Any] | None, default: Callable[..., Any] | None = None) -> None:
+    if hook is not None:
+        hook()
+    elif default is not None:
+        default()
+
+
+def in_dataset_order(per_rank: list[list[list[Any]]]) -> list[list[Any]]:
+    """Merge every rank's predictions, ``[rank][loader][batch]``, into the order of the data set: ``[loader][batch]``.
+
+    Step k of rank r stands before step k of rank r+1 (contract 8, Data), and the tail keeps that order.
+    """
+    merged: list[list[Any]] = []
+    for loader in range(len(per_rank[0])):
+        columns = [rank[loader] for rank in per_rank]
+        steps = max((len(column) for column in columns), default=0)
+        merged.append([column[k] for k in range(steps) for column in columns if k < len(column)])
+    return merged
+

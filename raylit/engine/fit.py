@@ -1,0 +1,359 @@
+"""A fit, on one worker, from the first hook to the last. Floor 3.
+
+::
+
+    on_fit_start
+    prepare_data                      (global rank 0; the rest wait)
+    setup("fit"), configure_model
+    configure_optimizers
+    on_pretrain_routine_start, on_pretrain_routine_end
+    [sanity check]
+    on_train_start
+    per epoch:
+        on_epoch_start, on_train_epoch_start
+        per batch:
+            on_train_batch_start -> the batch (raylit/engine/step.py) -> on_train_batch_end -> [validation, when due]
+        training_epoch_end -> on_train_epoch_end -> on_epoch_end
+        [metrics reduced over all workers; epoch schedulers; checkpoint]
+    on_train_end
+    teardown("fit")
+    on_fit_end
+
+The first three lines stand in ``raylit/engine/stages.py``, since all four entry points share them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from raylit.engine.decide import (
+    epochs_reached,
+    may_stop,
+    resolve_limit,
+    resolve_val_interval,
+    steps_reached,
+    total_or_inf,
+    validation_due,
+)
+from raylit.engine.evaluate import Evaluation, Refresh
+from raylit.engine.handle import ModuleHandle
+from raylit.engine.outputs import EpochOutputs, batch_result
+from raylit.engine.parts import Parts
+from raylit.engine.step import TrainBatch
+from raylit.errors import DataError, OptimizerError
+from raylit.metrics.place import BATCH_TRAIN, EPOCH_TRAIN, NO_EPOCH
+from raylit.optim.plan import OptimPlan, SchedulerPlan, parse_optimizers, scheduler_due
+from raylit.ports import LoaderLike
+from raylit.stage import Loop
+
+_STOP_POLL_BATCHES = 20  # several workers agree on a request to stop this often, and at each epoch's end
+
+
+class Fit:
+    """The training loop of one run."""
+
+    def __init__(self, parts: Parts, handle: ModuleHandle) -> None:
+        self._parts, self._handle = parts, handle
+        self._several = parts.state.world.world_size > 1
+        self._validation = Evaluation(parts, Loop.VALIDATION)
+        self._sanity = Evaluation(parts, Loop.SANITY)
+        self._val_loaders: list[LoaderLike] = []
+        self._batches_done = 0  # since training began
+        self._stop_now = False
+        self._deadline: float | None = None
+        own, event = parts.hooks.own, parts.hooks.event
+        self._batch_start, self._batch_end = event("on_train_batch_start"), event("on_train_batch_end")
+        self._epoch_end = own("training_epoch_end")
+        self._scheduler_override = own("lr_scheduler_step")
+        self.plan = OptimPlan()
+
+    def run(self) -> None:
+        """Train until a limit is reached or someone asks to stop."""
+        parts, state = self._parts, self._parts.state
+        self.plan = self._optimizers()
+        self._train = TrainBatch(parts, self.plan, self._split_size())
+        self._handle.begin_training(self.plan, self._train)
+        parts.metrics.place = NO_EPOCH
+        self._call("on_pretrain_routine_start")
+        if parts.resume is not None:
+            parts.resume(self)
+        self._call("on_pretrain_routine_end")
+        self._loader = parts.loaders.train()
+        self._set_length()
+        if self._validation.possible:
+            self._val_loaders = parts.loaders.evaluation("validate")
+        self._sanity_check()
+        if parts.settings.max_time_s is not None:
+            self._deadline = time.monotonic() + parts.settings.max_time_s
+        parts.output.stage_start(state)
+        self._call("on_train_start")
+        previous = torch.is_anomaly_enabled()
+        torch.autograd.set_detect_anomaly(previous or parts.settings.detect_anomaly)
+        try:
+            while not self._done():
+                self._epoch()
+        finally:
+            torch.autograd.set_detect_anomaly(previous)
+        parts.metrics.place = NO_EPOCH
+        self._call("on_train_end")
+
+    # -- before the first batch ----------------------------------------------------------------------------------
+    def _optimizers(self) -> OptimPlan:
+        parts = self._parts
+        automatic = parts.module.automatic_optimization
+        configure = parts.hooks.own("configure_optimizers")
+        if configure is None:
+            raise OptimizerError(
+                f"{type(parts.module).__name__} has no configure_optimizers; write it (return None to run forward only)"
+            )
+        plan = parse_optimizers(configure(), automatic=automatic)
+        if automatic and len(plan.optimizers) > 1 and not parts.hooks.names("training_step", "optimizer_idx"):
+            raise OptimizerError(
+                f"configure_optimizers returned {len(plan.optimizers)} optimizers, but training_step does not take "
+                "optimizer_idx. Add it: training_step(self, batch, batch_idx, optimizer_idx); or set "
+                "automatic_optimization = False and step them yourself (manual optimisation)."
+            )
+        parts.state.optimizers = list(plan.optimizers)
+        parts.state.lr_schedulers = [scheduler.scheduler for scheduler in plan.schedulers]
+        if not plan.optimizers:
+            parts.output.note("configure_optimizers returned None: the loop runs forward only, nothing is trained")
+        return plan
+
+    def _split_size(self) -> int:
+        return self._parts.settings.truncated_bptt_steps or self._parts.module.truncated_bptt_steps
+
+    def _set_length(self) -> None:
+        settings, state = self._parts.settings, self._parts.state
+        self._total = resolve_limit(settings.limit_train_batches, self._loader.num_batches, "limit_train_batches")
+        # An unknown length under a limit may turn out shorter: then the end must be looked for.
+        self._known = self._loader.num_batches is not None and self._loader.equal_steps
+        self._interval = resolve_val_interval(settings.val_check_interval, self._total if self._known else None)
+        state.num_training_batches = total_or_inf(self._total)
+
+    def _sanity_check(self) -> None:
+        limit = self._parts.settings.num_sanity_val_steps
+        if limit == 0 or not self._val_loaders or self._parts.settings.limit_val_batches == 0:
+            return
+        state, event = self._parts.state, self._parts.hooks.event
+        start, end = event("on_sanity_check_start"), event("on_sanity_check_end")
+        state.loop = Loop.SANITY
+        if start is not None:
+            start()
+        self._sanity.run(self._val_loaders, 1.0 if limit < 0 else limit)
+        # Its numbers are of an untrained model: nobody may take them for a validation.
+        state.callback_metrics.clear()
+        if end is not None:
+            end()
+        state.loop = None
+
+    # -- one epoch -----------------------------------------------------------------------------------------------
+    def _epoch(self) -> None:
+        parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
+        settings = parts.settings
+        if settings.reload_every_n_epochs and state.epoch and state.epoch % settings.reload_every_n_epochs == 0:
+            self._loader = parts.loaders.train()
+            self._val_loaders = parts.loaders.evaluation("validate") if self._validation.possible else []
+            self._set_length()
+        state.loop = Loop.TRAIN
+        metrics.begin(Loop.TRAIN.value)
+        metrics.place = EPOCH_TRAIN
+        parts.output.epoch_start(state, self._total)
+        self._call("on_epoch_start")
+        self._call("on_train_epoch_start")
+        outputs = None
+        if parts.hooks.wants_epoch_outputs:
+            outputs = EpochOutputs(self._train.lanes, bool(self._split_size()))
+        self._batches(outputs)
+        metrics.place = EPOCH_TRAIN
+        collected = None if outputs is None else outputs.result()
+        if self._epoch_end is not None:
+            self._epoch_end(collected)
+        ended = parts.hooks.event("on_train_epoch_end")
+        if ended is not None:
+            ended(collected)
+        self._call("on_epoch_end")
+        metrics.sync_steps()
+        logged = metrics.end()
+        metrics.place = NO_EPOCH
+        state.callback_metrics.update(logged.callback)
+        state.logged_metrics.update(logged.logger)
+        state.progress_bar_metrics.update(logged.progress_bar)
+        parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)
+        self._step_schedulers("epoch", state.epoch + 1, None)
+        parts.output.loop_end(state, Loop.TRAIN, logged.callback)
+        state.epoch += 1
+        state.loop = None
+        if parts.on_epoch_settled is not None:
+            parts.on_epoch_settled()
+
+    def _batches(self, outputs: EpochOutputs | None) -> None:
+        """Train on the epoch's batches. What stands in this loop is paid for at every step."""
+        parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
+        train, transfer, output = self._train, parts.transfer, parts.output
+        batch_start, batch_end, validation = self._batch_start, self._batch_end, self._validation
+        accumulate = train.accumulate = parts.settings.accumulate_at(state.epoch)
+        manual, splits = not parts.module.automatic_optimization, bool(self._split_size())
+        log_every = parts.settings.log_every_n_steps if output.wants_steps else 0
+        refresh = Refresh(output.refresh_s) if output.refresh_s != float("inf") else None
+        validate = bool(self._val_loaders) and validation.possible and parts.settings.limit_val_batches != 0
+        step_schedulers = any(plan.interval == "step" for plan in self.plan.schedulers)
+        poll = 1 if not self._several else _STOP_POLL_BATCHES
+        timed = self._deadline is not None
+        self._loader.set_epoch(state.epoch)
+        batch_idx, last = -1, False
+        for batch_idx, (batch, last) in enumerate(self._with_last()):
+            state.batch_idx = batch_idx
+            if transfer is not None:
+                batch = transfer(batch, 0)
+            metrics.set_batch(batch)
+            metrics.place = BATCH_TRAIN
+            if batch_start is not None and batch_start(batch, batch_idx, 0) == -1:
+                train.drop_group()
+                break
+            done = last or (batch_idx + 1) % accumulate == 0
+            if manual:
+                self._handle.batch_starts(done)
+            collected = train.run(batch, batch_idx, done)
+            if splits:
+                metrics.finish_splits()
+            if train.stepped:
+                state.global_step += 1
+                if step_schedulers:
+                    self._step_schedulers("step", state.global_step, train.stepped)
+            if collected is not None:
+                if outputs is not None:
+                    outputs.add(collected)
+                if batch_end is not None:
+                    batch_end(batch_result(collected, splits), batch, batch_idx, 0)
+            if log_every and train.stepped and state.global_step % log_every == 0:
+                self._log_step()
+            if refresh is not None and refresh.due():
+                output.progress(state, batch_idx + 1, self._total, train.loss)
+            self._batches_done += 1
+            if validate and self._validation_due(batch_idx, last):
+                self._validate()
+            if state.global_step == state.max_steps:
+                self._stop_now = True
+            elif (state.stop_requested or timed or self._several) and (batch_idx + 1) % poll == 0:
+                self._ask_to_stop()
+            if self._stop_now:
+                break
+        if batch_idx < 0:
+            raise DataError("the training loader gave no batch; look at its data set, batch_size and drop_last")
+
+    def _with_last(self) -> Iterator[tuple[Any, bool]]:
+        """Yield this rank's batches and whether each is the epoch's last.
+
+        Where the number is known nothing is looked up ahead. Where it is not, one batch is; and several workers agree
+        before each batch that all of them have one, since DDP would wait for ever for a rank that has run out.
+        """
+        total = self._total
+        if self._known:
+            assert total is not None
+            if total <= 0:
+                return
+            for count, batch in enumerate(self._loader, start=1):
+                yield batch, count == total
+                if count == total:
+                    return
+            raise DataError(
+                f"the training loader said that it has {total} batches and gave fewer; "
+                "its __len__ must be the number of batches that it yields"
+            )
+        iterator = iter(self._loader)
+        count, current = 0, next(iterator, self)
+        while self._all_have(current is not self) and (total is None or count < total):
+            following = next(iterator, self) if total is None or count + 1 < total else self
+            more = self._all_have(following is not self)
+            yield current, not more
+            if not more:
+                return
+            current, count = following, count + 1
+
+    def _all_have(self, mine: bool) -> bool:
+        if not self._several:
+            return mine
+        collective = self._parts.strategy.collective
+        flag = torch.tensor(1.0 if mine else 0.0)
+        return bool(collective.all_reduce(flag, "min").item())
+
+    def _validation_due(self, batch_idx: int, last: bool) -> bool:
+        every = self._parts.settings.check_val_every_n_epoch
+        return validation_due(
+            batch_idx + 1, self._batches_done, last, self._interval, self._parts.state.epoch, every
+        )
+
+    def _validate(self) -> None:
+        self._validation.run(self._val_loaders, self._parts.settings.limit_val_batches)
+        self._parts.metrics.place = BATCH_TRAIN
+
+    def _log_step(self) -> None:
+        parts, state = self._parts, self._parts.state
+        parts.metrics.sync_steps()
+        shown = parts.metrics.step_metrics()
+        state.callback_metrics.update(shown.callback)
+        state.progress_bar_metrics.update(shown.progress_bar)
+        taken = parts.metrics.take_step_metrics()
+        state.logged_metrics.update(taken)
+        parts.output.step_metrics(state, taken)
+
+    # -- schedulers ----------------------------------------------------------------------------------------------
+    def _step_schedulers(self, interval: str, count: int, stepped: list[int] | None) -> None:
+        if not self._parts.module.automatic_optimization:
+            return  # in manual optimisation they are the person's
+        for plan in self.plan.schedulers:
+            if scheduler_due(plan, interval, count) and (stepped is None or plan.optimizer_idx in stepped):  # type: ignore[arg-type]
+                self._step_scheduler(plan)
+
+    def _step_scheduler(self, plan: SchedulerPlan) -> None:
+        metric = None
+        if plan.reduce_on_plateau:
+            known = {**self._parts.state.callback_metrics, **self._parts.metrics.step_metrics().callback}
+            metric = known.get(plan.monitor or "")
+            if metric is None:
+                text = (
+                    f"the scheduler {type(plan.scheduler).__name__} monitors {plan.monitor!r}, which is not logged; "
+                    f"logged are: {', '.join(sorted(known)) or 'nothing'}"
+                )
+                if plan.strict:
+                    raise OptimizerError(text)
+                self._parts.output.note(text)
+                return
+        if self._scheduler_override is not None:
+            self._scheduler_override(plan.scheduler, metric, plan.optimizer_idx)
+        elif metric is None:
+            plan.scheduler.step()
+        else:
+            plan.scheduler.step(metric)
+
+    # -- stopping ------------------------------------------------------------------------------------------------
+    def _ask_to_stop(self) -> None:
+        """Grant a request to stop, where all ranks agree that one was made on any of them."""
+        state, settings = self._parts.state, self._parts.settings
+        wanted = state.stop_requested or (self._deadline is not None and time.monotonic() >= self._deadline)
+        if self._several:
+            collective = self._parts.strategy.collective
+            flag = torch.tensor(1.0 if wanted else 0.0)  # on the CPU: asking must not wait for the device
+            wanted = bool(collective.all_reduce(flag, "max").item())
+        if wanted:
+            state.stop_requested = True
+            # A limit on epochs counts whole ones: the one that runs is not done yet.
+            self._stop_now = may_stop(state.epoch, state.global_step, settings.min_epochs, settings.min_steps)
+
+    def _done(self) -> bool:
+        state, settings = self._parts.state, self._parts.settings
+        if self._stop_now or steps_reached(state.global_step, state.max_steps):
+            return True
+        if epochs_reached(state.epoch, state.max_epochs):
+            return True
+        self._ask_to_stop()
+        return self._stop_now and may_stop(state.epoch, state.global_step, settings.min_epochs, settings.min_steps)
+
+    def _call(self, name: str) -> None:
+        hook = self._parts.hooks.event(name)
+        if hook is not None:
+            hook()

@@ -1,0 +1,196 @@
+"""What a Module may ask of the run that it is in: the other end of ``Module._run``. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from raylit.engine.parts import Parts
+from raylit.engine.step import TrainBatch
+from raylit.errors import HookError
+from raylit.optim.clip import clip_gradients
+from raylit.optim.plan import OptimPlan
+from raylit.optim.toggle import Toggle
+
+
+class ModuleHandle:
+    """Implements ``raylit.module.ModuleRun``. ``begin_training`` is called once the optimizers are known."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.trainer = parts.trainer
+        self.log: Callable[..., None] = parts.metrics.log
+        self._train: TrainBatch | None = None
+        self._plan = OptimPlan()
+        self._managed: list[Optimizer] = []
+        self._toggle: Toggle | None = None
+        self._group_done = True
+
+    def begin_training(self, plan: OptimPlan, train: TrainBatch) -> None:
+        """Hand over the optimizers of the fit."""
+        self._plan, self._train = plan, train
+        manual = not self._parts.module.automatic_optimization
+        self._managed = [_managed(o, self) for o in plan.optimizers] if manual else list(plan.optimizers)
+        self._toggle = Toggle(plan.optimizers, self._parts.module.parameters())
+
+    def batch_starts(self, group_done: bool) -> None:
+        """Say whether this batch is the last of its accumulation group (manual optimisation)."""
+        self._group_done = group_done
+
+    # -- optimizers ----------------------------------------------------------------------------------------------
+    def managed_optimizers(self) -> list[Optimizer]:
+        return self._managed
+
+    def schedulers(self) -> list[Any]:
+        return [plan.scheduler for plan in self._plan.schedulers]
+
+    def toggle(self, optimizer: Optimizer) -> None:
+        self._toggler().toggle(self._index(optimizer))
+
+    def untoggle(self, optimizer: Optimizer) -> None:
+        self._toggler().untoggle(self._index(optimizer))
+
+    def clip_gradients(self, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
+        settings = self._parts.settings
+        value = settings.clip_val if value is None else value
+        if value is not None:
+            clip_gradients(optimizer, value, algorithm or settings.clip_algorithm or "norm")  # type: ignore[arg-type]
+
+    def manual_backward(self, loss: Tensor, optimizer: Optimizer | None, args: tuple[Any, ...],
+                        kwargs: dict[str, Any]) -> None:  # fmt: skip
+        if self._parts.module.automatic_optimization:
+            raise HookError("manual_backward needs manual optimisation: set automatic_optimization = False on the Module")
+        event, own = self._parts.hooks.event, self._parts.hooks.own
+        before, after, override = event("on_before_backward"), event("on_after_backward"), own("backward")
+        if before is not None:
+            before(loss)
+        target = self._parts.precision.scale(loss)
+        if override is None:
+            target.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            override(target, optimizer, None if optimizer is None else self._index(optimizer))
+        if after is not None:
+            after()
+
+    def manual_step(self, optimizer: Optimizer, force: bool, closure: Callable[[], Any] | None) -> Any:
+        """Step and zero at the end of an accumulation group, or always where ``force`` says so."""
+        if not force and not self._group_done:
+            return None
+        index = self._index(optimizer)
+        result = self.step_managed(index, closure)
+        before = self._parts.hooks.event("on_before_zero_grad")
+        if before is not None:
+            before(self._plan.optimizers[index])
+        self._plan.optimizers[index].zero_grad()
+        return result
+
+    def step_managed(self, index: int, closure: Callable[[], Any] | None) -> Any:
+        """What ``self.optimizers().step()`` does: average over workers, unscale, hooks, clip, step, count."""
+        parts, optimizer = self._parts, self._plan.optimizers[index]
+        if parts.state.world.world_size > 1:
+            parts.strategy.reduce_gradients(optimizer)
+        if parts.precision.scaled:
+            parts.precision.unscale(optimizer)
+        before = parts.hooks.event("on_before_optimizer_step")
+        if before is not None:
+            before(optimizer, index)
+        if parts.settings.clip_val is not None:
+            self.clip_gradients(optimizer, None, None)
+
+        def step() -> Any:
+            return optimizer.step() if closure is None else optimizer.step(closure)
+
+        result = parts.precision.step(optimizer, step) if parts.precision.scaled else step()
+        if self._train is not None:
+            self._train.stepped.append(index)
+        return result
+
+    def _index(self, optimizer: Optimizer) -> int:
+        for index, (managed, own) in enumerate(zip(self._managed, self._plan.optimizers, strict=True)):
+            if optimizer is managed or optimizer is own:
+                return index
+        raise HookError("this optimizer is not one that configure_optimizers returned")
+
+    def _toggler(self) -> Toggle:
+        if self._toggle is None:
+            raise HookError("optimizers are there from configure_optimizers on, in fit alone")
+        return self._toggle
+
+    # -- everything else -----------------------------------------------------------------------------------------
+    def all_gather(self, data: Any, sync_grads: bool) -> Any:
+        """Gather each tensor of a nested collection over the workers: a new leading dimension of world size."""
+        if isinstance(data, Mapping):
+            return {key: self.all_gather(value, sync_grads) for key, value in data.items()}
+        if isinstance(data, tuple) and hasattr(data, "_fields"):
+            return type(data)(*(self.all_gather(value, sync_grads) for value in data))
+        if isinstance(data, (list, tuple)):
+            return type(data)(self.all_gather(value, sync_grads) for value in data)
+        if isinstance(data, (bool, int, float)):
+            data = torch.tensor(data)
+        if not isinstance(data, Tensor):
+            return data
+        collective = self._parts.strategy.collective
+        if sync_grads and data.requires_grad:
+            gathered: Tensor = _GatherWithGrad.apply(data, collective)  # type: ignore[no-untyped-call]
+            return gathered
+        device = data.device
+        return torch.stack(collective.all_gather(data.detach().to(collective.device))).to(device)
+
+    def print(self, text: str) -> None:
+        self._parts.output.print(text)
+
+    def progress_bar(self) -> dict[str, Any]:
+        """The items of the progress bar before an override changes them: the loss, the version, the logged ones."""
+        items: dict[str, Any] = {}
+        if self._train is not None and self._train.loss is not None:
+            items["loss"] = self._train.loss.detach()
+        version = getattr(self.trainer.logger, "version", None)
+        if version is not None:
+            items["v_num"] = version
+        items.update(self._parts.state.progress_bar_metrics)
+        return items
+
+    def tbptt_split(self, batch: Any, split_size: int) -> list[Any]:
+        assert self._parts.split_time is not None
+        return self._parts.split_time(batch, split_size)
+
+    def transfer(self, batch: Any, device: torch.device) -> Any:
+        assert self._parts.move is not None
+        return self._parts.move(batch, device)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """Gather whose backward sums each rank's gradient of this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, collective: Any) -> Tensor:
+        ctx.collective, ctx.device = collective, tensor.device
+        parts = collective.all_gather(tensor.detach().contiguous().to(collective.device))
+        return torch.stack(parts).to(tensor.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        summed = ctx.collective.all_reduce(grads[0].contiguous().to(ctx.collective.device), "sum")
+        return summed[ctx.collective.rank].to(ctx.device), None
+
+
+def _managed(optimizer: Optimizer, handle: ModuleHandle) -> Optimizer:
+    """Return an object that is ``optimizer`` in all but ``step``, which then clips, unscales and counts.
+
+    A subclass made here, sharing the optimizer's ``__dict__``, so that ``isinstance`` and every attribute hold.
+    """
+    index_of: list[int] = []
+
+    def step(self: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        if not index_of:
+            index_of.append(handle._index(self))
+        return handle.step_managed(index_of[0], closure)
+
+    managed_class = type(type(optimizer).__name__, (type(optimizer),), {"step": step, "optimizer": optimizer})
+    managed: Optimizer = object.__new__(managed_class)
+    object.__setattr__(managed, "__dict__", optimizer.__dict__)
+    return managed

@@ -1,0 +1,100 @@
+"""What one run consists of, put together by ``assemble`` and handed to the loops. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from raylit.datamodule import DataModule
+from raylit.hooks import HookTable
+from raylit.metrics.store import MetricStore
+from raylit.module import Module
+from raylit.ports import LoaderLike, Precision, Strategy
+from raylit.stage import Loop
+from raylit.view import RunState, TrainerView
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The Trainer's arguments as the loops use them. Fractions and defaults are resolved where the loaders are known."""
+
+    max_epochs: int = -1  # -1: no limit
+    min_epochs: int = 0
+    max_steps: int = -1
+    min_steps: int = 0
+    max_time_s: float | None = None
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    limit_test_batches: int | float = 1.0
+    limit_predict_batches: int | float = 1.0
+    val_check_interval: int | float = 1.0
+    check_val_every_n_epoch: int | None = 1
+    num_sanity_val_steps: int = 2  # -1: all
+    accumulate: Mapping[int, int] = field(default_factory=lambda: {0: 1})  # from this epoch on: batches a step
+    clip_val: float | None = None
+    clip_algorithm: str | None = None
+    truncated_bptt_steps: int = 0
+    log_every_n_steps: int = 50
+    reload_every_n_epochs: int = 0
+    detect_anomaly: bool = False
+    inference_mode: bool = True
+
+    def accumulate_at(self, epoch: int) -> int:
+        """Batches in an accumulation group of this epoch."""
+        return self.accumulate[max(start for start in self.accumulate if start <= epoch)]
+
+
+class Output(Protocol):
+    """Where a run's numbers go: loggers, history, display (worker side; rank 0 keeps, the others count along)."""
+
+    wants_steps: bool
+    refresh_s: float  # seconds between two progress events; inf where nobody looks
+
+    def stage_start(self, state: RunState) -> None: ...
+    def epoch_start(self, state: RunState, total: int | None) -> None: ...
+    def progress(self, state: RunState, batches_done: int, total: int | None, loss: Tensor | None) -> None: ...
+    def step_metrics(self, state: RunState, metrics: Mapping[str, Tensor]) -> None: ...
+    def epoch_metrics(self, state: RunState, metrics: Mapping[str, Tensor], bar: Mapping[str, Tensor]) -> None: ...
+    def loop_end(self, state: RunState, loop: Loop, metrics: Mapping[str, Tensor]) -> None: ...
+    def print(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def flush(self) -> None: ...
+
+
+class LoaderSource(Protocol):
+    """Asks the person's objects for loaders and prepares them for this rank (worker side)."""
+
+    def train(self) -> LoaderLike: ...
+    def evaluation(self, stage: str) -> list[LoaderLike]:
+        """``"validate"``, ``"test"`` or ``"predict"``; empty where there is nothing to run."""
+        ...
+
+
+@dataclass
+class Parts:
+    """Everything the loops need. Nothing here is replaced while a run goes on."""
+
+    state: RunState
+    trainer: TrainerView
+    module: Module
+    datamodule: DataModule | None
+    settings: LoopSettings
+    strategy: Strategy
+    precision: Precision
+    metrics: MetricStore
+    hooks: HookTable
+    loaders: LoaderSource
+    output: Output
+    # (batch, dataloader_idx) -> batch on the device; None where there is nothing to move or to call.
+    transfer: Callable[[Any, int], Any] | None = None
+    # default of transfer_batch_to_device: (batch, device) -> batch
+    move: Callable[[Any, Any], Any] | None = None
+    # default of tbptt_split_batch: (batch, split_size) -> splits
+    split_time: Callable[[Any, int], list[Any]] | None = None
+    # called at the end of each training epoch with everything settled: a checkpoint may be taken here
+    on_epoch_settled: Callable[[], None] | None = None
+    # a stop that only this rank knows of (signal, preemption); asked where all ranks agree on stopping
+    resume: Callable[[Any], None] | None = None

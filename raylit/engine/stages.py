@@ -1,0 +1,159 @@
+"""The four entry points on one worker: what is around the loops. Floor 3.
+
+::
+
+    [on_fit_start]                     fit alone
+    prepare_data                       (global rank 0, or local rank 0 of each node; the rest wait)
+    setup(stage): DataModule, callbacks, Module; then configure_model
+    -- the loop: raylit/engine/fit.py or evaluate.py --
+    teardown(stage): DataModule, callbacks, Module
+    [on_fit_end]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from raylit.engine.evaluate import Evaluation, in_dataset_order
+from raylit.engine.fit import Fit
+from raylit.engine.handle import ModuleHandle
+from raylit.engine.parts import Parts
+from raylit.errors import DataError, HookError
+from raylit.metrics.place import NO_EPOCH
+from raylit.stage import Loop, Stage, Status
+
+_LOOP = {Stage.VALIDATE: Loop.VALIDATION, Stage.TEST: Loop.TEST, Stage.PREDICT: Loop.PREDICT}
+
+
+@dataclass
+class StageResult:
+    """What a stage leaves: metrics of each dataloader, and predictions in data set order (rank 0; None elsewhere)."""
+
+    metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    predictions: list[list[Any]] | None = None
+
+
+def run_stage(parts: Parts, stage: Stage) -> StageResult:
+    """Run one entry point to its end on this worker; every rank calls it."""
+    state, module = parts.state, parts.module
+    handle = ModuleHandle(parts)
+    module.__dict__["_run"] = handle  # past nn.Module.__setattr__, which would look for parameters in it
+    if parts.datamodule is not None:
+        parts.datamodule.trainer = parts.trainer
+    state.stage, state.status, state.stop_requested = stage, Status.RUNNING, False
+    parts.metrics.place = NO_EPOCH
+    try:
+        result = _staged(parts, stage, handle)
+        state.status = Status.FINISHED
+        return result
+    except BaseException as error:
+        state.status = Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED
+        _note_place(parts, error)
+        parts.metrics.clear()
+        on_exception = parts.hooks.event("on_exception")
+        if on_exception is not None:
+            on_exception(error)
+        raise
+    finally:
+        state.loop = None
+        module.__dict__.pop("_run", None)
+        if parts.datamodule is not None:
+            parts.datamodule.__dict__.pop("trainer", None)
+        parts.output.flush()
+
+
+def _staged(parts: Parts, stage: Stage, handle: ModuleHandle) -> StageResult:
+    fitting = stage is Stage.FIT
+    if fitting:
+        _event(parts, "on_fit_start")
+    _prepare_data(parts)
+    _setup(parts, stage)
+    # The optimizers must see the parameters where they will stay.
+    parts.precision.convert_module(parts.module)
+    parts.strategy.setup_module(parts.module)
+    if fitting:
+        if not parts.module.training:
+            parts.module.train()  # else each submodule keeps the mode the person gave it
+        Fit(parts, handle).run()
+        result = StageResult()
+    else:
+        result = _evaluate(parts, stage)
+    if parts.datamodule is not None:
+        parts.datamodule.teardown(stage.value)
+    _event(parts, "teardown", stage.value)
+    own = parts.hooks.own("teardown")
+    if own is not None:
+        own(stage.value)
+    if fitting:
+        _event(parts, "on_fit_end")
+    return result
+
+
+def _prepare_data(parts: Parts) -> None:
+    world = parts.state.world
+    for owner in (parts.datamodule, parts.module):
+        if owner is None:
+            continue
+        mine = world.local_rank == 0 if owner.prepare_data_per_node else world.global_rank == 0
+        if mine:
+            owner.prepare_data()
+    parts.strategy.collective.barrier()
+
+
+def _setup(parts: Parts, stage: Stage) -> None:
+    if parts.datamodule is not None:
+        parts.datamodule.setup(stage.value)
+    _event(parts, "setup", stage.value)
+    own = parts.hooks.own("setup")
+    if own is not None:
+        own(stage.value)
+    configure = parts.hooks.own("configure_model")
+    if configure is not None:
+        configure()
+
+
+def _evaluate(parts: Parts, stage: Stage) -> StageResult:
+    loop = _LOOP[stage]
+    evaluation = Evaluation(parts, loop)
+    if not evaluation.possible:
+        raise HookError(f"{type(parts.module).__name__} has no {evaluation.name}_step; {stage.value} needs one")
+    loaders = parts.loaders.evaluation(stage.value)
+    if not loaders:
+        raise DataError(
+            f"{stage.value} has no loader: pass dataloaders=, a datamodule, or write the Module's dataloader method"
+        )
+    settings = parts.settings
+    limit = {
+        Loop.VALIDATION: settings.limit_val_batches,
+        Loop.TEST: settings.limit_test_batches,
+        Loop.PREDICT: settings.limit_predict_batches,
+    }[loop]
+    parts.output.stage_start(parts.state)
+    metrics, outputs = evaluation.run(loaders, limit)
+    if loop is not Loop.PREDICT:
+        return StageResult(metrics=metrics)
+    if parts.state.world.world_size == 1:
+        return StageResult(predictions=outputs)
+    gathered = parts.strategy.collective.gather_object(outputs)
+    return StageResult(predictions=None if gathered is None else in_dataset_order(gathered))
+
+
+def _event(parts: Parts, name: str, *args: Any) -> None:
+    hook = parts.hooks.event(name)
+    if hook is not None:
+        hook(*args)
+
+
+def _note_place(parts: Parts, error: BaseException) -> None:
+    """Write on the exception where the run stood; the caller's message is made from it."""
+    state = parts.state
+    place: dict[str, Any] = {"stage": state.stage.value if state.stage else None, "global_step": state.global_step}
+    if state.stage is Stage.FIT:
+        place["epoch"] = state.epoch
+        place["batch_idx"] = state.batch_idx
+    if state.loop is not None:
+        place["loop"] = state.loop.value
+    error.raylit_where = place  # type: ignore[attr-defined]

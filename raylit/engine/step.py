@@ -1,0 +1,281 @@
+"""One training batch: from the batch on the device to the stepped optimizers. Floor 3.
+
+::
+
+    per split (truncated BPTT), per active optimizer:
+        pass:  training_step -> training_step_end -> on_before_backward -> backward -> on_after_backward
+        step, where the accumulation group is done:
+               on_before_optimizer_step -> clip -> optimizer_step -> on_before_zero_grad -> optimizer_zero_grad
+
+Everything that this file calls is bound in ``__init__``. A hook that nobody overrides is None there, and a batch compares
+it with None and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from raylit.engine.outputs import check_loss, detached, kept, loss_of
+from raylit.engine.parts import Parts
+from raylit.metrics.place import BATCH_TRAIN, SPLIT_TRAIN
+from raylit.optim.clip import clip_gradients
+from raylit.optim.closure import GradsMark, grads_mark, needs_closure, were_zeroed
+from raylit.optim.plan import OptimPlan, active_optimizers
+from raylit.optim.toggle import Toggle
+
+Pass = tuple[Any, int, int, Any]  # what one pass was given: split, batch_idx, optimizer index, hiddens
+
+
+class TrainBatch:
+    """Runs training batches. ``stepped`` says which optimizers stepped in the last one (indices from 0)."""
+
+    def __init__(self, parts: Parts, plan: OptimPlan, split_size: int) -> None:
+        self._state, self._module = parts.state, parts.module
+        self._metrics, self._precision, self._strategy = parts.metrics, parts.precision, parts.strategy
+        self._settings, self._plan = parts.settings, plan
+        own, event = parts.hooks.own, parts.hooks.event
+        manual = not parts.module.automatic_optimization
+        step, step_end = own("training_step"), own("training_step_end")
+        assert step is not None  # refused long before
+        self._step = parts.strategy.wrap_training_step(
+            parts.module, step if step_end is None else _then(step, step_end), optimizers=len(plan.optimizers), manual=manual
+        )
+        self._forward_context = parts.precision.forward_context
+        self._no_sync = parts.strategy.no_sync if parts.state.world.world_size > 1 else None
+        self._end_group = parts.strategy.end_group if parts.state.world.world_size > 1 else None
+        self._scaled = parts.precision.scaled
+        self._before_backward, self._after_backward = event("on_before_backward"), event("on_after_backward")
+        self._backward = own("backward")
+        self._before_step, self._before_zero = event("on_before_optimizer_step"), event("on_before_zero_grad")
+        self._step_override, self._zero_override = own("optimizer_step"), own("optimizer_zero_grad")
+        self._clip_override = own("configure_gradient_clipping")
+        self._clip_val, self._clip_algorithm = parts.settings.clip_val, parts.settings.clip_algorithm
+        self._manual, self._forward_only = manual, not plan.optimizers
+        # One call of training_step a batch where nothing, or the person, steps; else one for each optimizer.
+        self._everyone = (0,) if manual or not plan.optimizers else tuple(range(len(plan.optimizers)))
+        self._toggle = Toggle(plan.optimizers, parts.module.parameters()) if len(plan.optimizers) > 1 and not manual else None
+        self._closures = [self._step_override is not None or needs_closure(o) for o in plan.optimizers]
+        self._split_size = split_size
+        self._split = (own("tbptt_split_batch") or parts.split_time) if split_size else None
+        self._keep = parts.hooks.wants_epoch_outputs or event("on_train_batch_end") is not None
+        self._group: list[list[Pass]] = [[] for _ in self._everyone]  # passes to compute anew, per optimizer
+        self._objective: list[Tensor | None] = [None for _ in self._everyone]  # the loss of these passes together
+        self._took_part = [False for _ in self._everyone]  # a loss was back-propagated in this group
+        self.lanes = len(self._everyone)  # outputs are kept for each
+        self.accumulate = 1
+        self.groups_done = 0  # accumulation groups since training began: the place in the cycle of frequencies
+        self.stepped: list[int] = []
+        self.loss: Tensor | None = None  # of the last pass; for the progress bar
+
+    def run(self, batch: Any, batch_idx: int, last_of_group: bool) -> list[list[Any]] | None:
+        """Train on one batch; return for each optimizer its splits' outputs, or None where nobody asks for them."""
+        self.stepped = []
+        plan = self._plan
+        active = active_optimizers(plan, self.groups_done) if plan.frequencies else self._everyone
+        if self._split is None and not self._keep and self._toggle is None:
+            self._one(batch, batch_idx, active[0], None, last_of_group)
+            collected = None
+        else:
+            collected = self._splits(batch, batch_idx, active, last_of_group)
+        if last_of_group:
+            self.groups_done += 1
+        return collected
+
+    def _splits(self, batch: Any, batch_idx: int, active: tuple[int, ...], last_of_group: bool) -> list[list[Any]]:
+        collected: list[list[Any]] = [[] for _ in self._everyone]
+        if self._split is None:
+            splits = [batch]
+        else:
+            splits = self._split(batch, self._split_size)
+            self._metrics.place = SPLIT_TRAIN
+        hiddens: Any = None
+        for split in splits:
+            given = hiddens
+            for index in active:
+                if self._toggle is not None:
+                    self._toggle.toggle(index)
+                try:
+                    output = self._one(split, batch_idx, index, given, last_of_group)
+                finally:
+                    if self._toggle is not None:
+                        self._toggle.restore()
+                if self._keep and output is not None:
+                    collected[index].append(kept(output))
+                if self._split is not None and isinstance(output, dict) and "hiddens" in output:
+                    hiddens = detached(output["hiddens"])
+        self._metrics.place = BATCH_TRAIN
+        return collected
+
+    def _one(self, split: Any, batch_idx: int, index: int, hiddens: Any, last_of_group: bool) -> Any:
+        """One pass and, where the group is done, the step of one optimizer; return the step's output."""
+        if self._forward_only or self._manual:
+            output = self._forward(split, batch_idx, index, hiddens)
+            self.loss = loss_of(output) if isinstance(output, (Tensor, dict)) and _has_loss(output) else None
+            return output
+        if not last_of_group and self._no_sync is not None:
+            with self._no_sync():
+                output = self._pass(split, batch_idx, index, hiddens)
+        else:
+            output = self._pass(split, batch_idx, index, hiddens)
+        if self._closures[index] and self.loss is not None:
+            self._group[index].append((split, batch_idx, index, hiddens))
+            self._objective[index] = self._add(self._objective[index])
+        if last_of_group:
+            self._finish_group(batch_idx, index)
+        return output
+
+    def drop_group(self) -> None:
+        """Forget the accumulation group that is not done: the epoch ends here."""
+        if any(self._took_part):
+            for optimizer in self._plan.optimizers:
+                optimizer.zero_grad()
+        self._took_part = [False for _ in self._everyone]
+        self._group, self._objective = [[] for _ in self._everyone], [None for _ in self._everyone]
+
+    # -- the pass ------------------------------------------------------------------------------------------------
+    def _forward(self, split: Any, batch_idx: int, index: int, hiddens: Any) -> Any:
+        context = self._forward_context()
+        if context is None:
+            return self._step(split, batch_idx, index, hiddens)
+        with context:
+            return self._step(split, batch_idx, index, hiddens)
+
+    def _pass(self, split: Any, batch_idx: int, index: int, hiddens: Any) -> Any:
+        """Forward and backward of one split for one optimizer. ``self.loss`` is None where the batch was skipped."""
+        output = self._forward(split, batch_idx, index, hiddens)
+        loss = output if type(output) is Tensor else loss_of(output)
+        self.loss = loss
+        if loss is None:
+            self._strategy.skip_pass()
+            return None
+        if not loss.requires_grad or loss.dim():
+            check_loss(loss)
+        if self.accumulate != 1:
+            loss = loss / self.accumulate
+        if self._before_backward is not None:
+            self._before_backward(loss)
+        target = self._precision.scale(loss) if self._scaled else loss
+        if self._backward is None:
+            target.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._backward(target, self._plan.optimizers[index], index)
+        if self._after_backward is not None:
+            self._after_backward()
+        self._took_part[index] = True
+        return output
+
+    # -- the step ------------------------------------------------------------------------------------------------
+    def _finish_group(self, batch_idx: int, index: int) -> None:
+        took_part, self._took_part[index] = self._took_part[index], False
+        if not took_part and not self._strategy.anyone_took_part(index):
+            return
+        optimizer = self._plan.optimizers[index]
+        if self._scaled:
+            self._precision.unscale(optimizer)
+        if self._before_step is not None:
+            self._before_step(optimizer, index)
+        if self._clip_val is not None or self._clip_override is not None:
+            self._clip(optimizer, index)
+        if self._closures[index]:
+            self._step_with_closure(optimizer, batch_idx, index)
+        elif self._scaled:
+            self._precision.step(optimizer, optimizer.step)
+        else:
+            optimizer.step()
+        self._zero_grad(optimizer, batch_idx, index)
+        if self._end_group is not None:
+            self._end_group(index)
+        self.stepped.append(index)
+
+    def _clip(self, optimizer: Optimizer, index: int) -> None:
+        if self._clip_override is not None:
+            self._clip_override(optimizer, index, self._clip_val, self._clip_algorithm)
+        elif self._clip_val is not None:
+            clip_gradients(optimizer, self._clip_val, self._clip_algorithm or "norm")  # type: ignore[arg-type]
+
+    def _zero_grad(self, optimizer: Optimizer, batch_idx: int, index: int) -> None:
+        if self._before_zero is not None:
+            self._before_zero(optimizer)
+        if self._zero_override is None:
+            optimizer.zero_grad()
+        else:
+            self._zero_override(self._state.epoch, batch_idx, optimizer, index)
+
+    def _step_with_closure(self, optimizer: Optimizer, batch_idx: int, index: int) -> None:
+        """Step where the optimizer or an override is given a closure; contract 5.3."""
+        closure = _Closure(self, optimizer, batch_idx, index, self._group[index], self._agreed(self._objective[index]))
+        lbfgs = isinstance(optimizer, LBFGS)
+
+        def step() -> Any:
+            if self._step_override is None:
+                return optimizer.step(closure)
+            return self._step_override(
+                self._state.epoch, batch_idx, optimizer, index, closure, False, self._scaled, lbfgs
+            )
+
+        if self._scaled:
+            self._precision.step(optimizer, step)
+        else:
+            step()
+        self._group[index], self._objective[index] = [], None
+
+    def recompute(self, passes: list[Pass], optimizer: Optimizer, batch_idx: int, index: int) -> Tensor | None:
+        """Compute the group's passes anew from zeroed gradients; return the group's loss."""
+        self._zero_grad(optimizer, batch_idx, index)
+        total: Tensor | None = None
+        for position, given in enumerate(passes):
+            if position + 1 < len(passes) and self._no_sync is not None:
+                with self._no_sync():
+                    self._pass(*given)
+            else:
+                self._pass(*given)
+            total = self._add(total)
+        if self._scaled:
+            self._precision.unscale(optimizer)
+        if self._clip_val is not None or self._clip_override is not None:
+            self._clip(optimizer, index)
+        return self._agreed(total)
+
+    def _add(self, total: Tensor | None) -> Tensor | None:
+        if self.loss is None:
+            return total
+        loss = self.loss.detach()
+        if self.accumulate != 1:
+            loss = loss / self.accumulate
+        return loss if total is None else total + loss
+
+    def _agreed(self, loss: Tensor | None) -> Tensor | None:
+        """Average the loss over the workers: an optimizer that searches along a line must decide alike on all ranks."""
+        if loss is None or self._no_sync is None:
+            return loss
+        return self._strategy.collective.all_reduce(loss, "mean")
+
+
+class _Closure:
+    """The closure that ``optimizer_step`` is given: the pass's loss at first, a new pass on each later call."""
+
+    def __init__(
+        self, batch: TrainBatch, optimizer: Optimizer, batch_idx: int, index: int, passes: list[Pass], loss: Tensor | None
+    ) -> None:
+        self._batch, self._optimizer, self._batch_idx, self._index = batch, optimizer, batch_idx, index
+        self._passes, self._loss = passes, loss
+        self._mark: GradsMark | None = grads_mark(optimizer)
+
+    def __call__(self) -> Tensor | None:
+        mark, self._mark = self._mark, None
+        if mark is not None and not were_zeroed(mark):
+            return self._loss
+        del mark  # before the new pass, or the old gradients take their memory beside the new ones
+        return self._batch.recompute(self._passes, self._optimizer, self._batch_idx, self._index)
+
+
+def _then(step: Callable[..., Any], step_end: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: step_end(step(*args))
+
+
+def _has_loss(output: Any) -> bool:
+    return isinstance(output, Tensor) or output.get("loss") is not None
