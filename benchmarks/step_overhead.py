@@ -7,10 +7,10 @@
     python benchmarks/step_overhead.py --memory                        peak memory, a process each
 
 How it is measured. Each contestant runs the same model class, optimizer and list of prebuilt batches. The clock is
-read inside ``training_step``, at the first step after the warm-up and at the last one, so neither start-up nor the end
-counts and everything between two steps does. A round runs every contestant once; the order turns by one each round. The
-table holds the median over rounds, the ratio of the medians, and the range of the ratios of single rounds: where that is
-wide, the machine was busy with something else.
+read inside ``training_step``, at the first step after the warm-up and at the last one, so neither start-up nor the
+end counts and everything between two steps does. A round runs every contestant once; the order turns by one each
+round. The table holds the median over rounds, the ratio of the medians, and the range of the ratios of single
+rounds: where that is wide, the machine was busy with something else.
 """
 
 from __future__ import annotations
