@@ -1,0 +1,256 @@
+"""How a Job gets onto Ray Train workers and its outcome back to the caller. Runs on the driver.
+
+Ray is imported inside functions only. An exception of a worker leaves :func:`launch` as its own type, without
+traceback, cause or context; whoever passes it on should do so as ``raise bare(error)`` from a shallow place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from raylit.driver import cluster
+from raylit.driver.channel import DriverChannel
+from raylit.errors import ResourceError, WorkerLostError
+from raylit.wire import Job
+from raylit.worker.failure import WorkerFailed, bare, first_cause, is_consequence, rebuild
+
+if TYPE_CHECKING:
+    import ray.train
+
+OnEvent = Callable[[dict[str, Any]], None]
+DEFAULT_WORKER_MAIN = "raylit.assemble:worker_main"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A run that succeeded: rank 0's bytes, and what Ray Train says (None where the run did not go through it)."""
+
+    outcome: bytes
+    result: ray.train.Result | None
+
+
+def launch(
+    job: Job,
+    *,
+    num_workers: int | tuple[int, int] = 1,
+    use_gpu: bool = False,
+    resources_per_worker: Mapping[str, float] | None = None,
+    placement_strategy: str | None = None,
+    scaling_config: ray.train.ScalingConfig | None = None,
+    run_config: ray.train.RunConfig | None = None,
+    failure_config: ray.train.FailureConfig | None = None,
+    name: str | None = None,
+    storage_path: str | None = None,
+    max_failures: int | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+    worker_main: str = DEFAULT_WORKER_MAIN,
+    on_event: OnEvent | None = None,
+) -> Launched:
+    """Run ``worker_main`` on ``num_workers`` Ray Train workers and return rank 0's outcome.
+
+    ``scaling_config``, ``run_config`` and ``failure_config`` are Ray's own; the shorthands that are given fill them
+    in. ``on_event`` gets the workers' live events (dicts; prints are ``{"kind": "print", ...}``) in a thread of this
+    process. Raises what the worker raised, :class:`WorkerLostError` where a worker process died,
+    :class:`ResourceError` where the cluster cannot give what is asked, KeyboardInterrupt after Ctrl-C.
+    """
+    cluster.connect(runtime_env)
+    scaling = merge_scaling(scaling_config, num_workers, use_gpu, resources_per_worker, placement_strategy)
+    cluster.check_fits(scaling.min_workers, scaling.resources_per_worker, bool(scaling.use_gpu))
+    run = merge_run(run_config, failure_config, name, storage_path, max_failures, runtime_env)
+    error: BaseException
+    with open_channel(on_event) as channel, cluster.run_settings():
+        sent = dataclasses.replace(job, channel=channel.address if channel else None)
+        try:
+            result = _fit(sent, scaling, run, worker_main)
+            return Launched(outcome=_outcome(result, run), result=result)
+        except KeyboardInterrupt:
+            error = KeyboardInterrupt()
+        except Exception as raised:
+            error = as_callers_error(raised, channel.workers if channel else {})
+    raise bare(error)
+
+
+def merge_scaling(
+    given: ray.train.ScalingConfig | None,
+    num_workers: int | tuple[int, int],
+    use_gpu: bool,
+    resources_per_worker: Mapping[str, float] | None,
+    placement_strategy: str | None,
+) -> ray.train.ScalingConfig:
+    """Ray's ScalingConfig with the shorthands filled in where it has its default."""
+    import ray.train
+
+    resources = dict(resources_per_worker) if resources_per_worker else None
+    if given is None:
+        return ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            placement_strategy=placement_strategy or "PACK",
+        )
+    changes: dict[str, Any] = {}
+    if given.num_workers == 1 and num_workers != 1:
+        changes["num_workers"] = num_workers
+    if use_gpu and not given.use_gpu:
+        changes["use_gpu"] = True
+    if resources and given.resources_per_worker is None:
+        changes["resources_per_worker"] = resources
+    if placement_strategy and given.placement_strategy == "PACK":
+        changes["placement_strategy"] = placement_strategy
+    return dataclasses.replace(given, **changes)
+
+
+def merge_run(
+    given: ray.train.RunConfig | None,
+    failure_config: ray.train.FailureConfig | None,
+    name: str | None,
+    storage_path: str | None,
+    max_failures: int | None,
+    runtime_env: Mapping[str, Any] | None,
+) -> ray.train.RunConfig:
+    """Ray's RunConfig with the shorthands filled in, always as a new object, with Ray Train's own log kept quiet.
+
+    A logging_config that is not Ray's default is the user's and stays.
+    """
+    import ray.train
+
+    changes: dict[str, Any] = {}
+    failure = failure_config or (given.failure_config if given else None)
+    if max_failures is not None:
+        failure = dataclasses.replace(failure or ray.train.FailureConfig(), max_failures=max_failures)
+    if failure is not None:
+        changes["failure_config"] = failure
+    changes.update({k: v for k, v in {"name": name, "storage_path": storage_path}.items() if v is not None})
+    if runtime_env and not (given and given.worker_runtime_env):
+        changes["worker_runtime_env"] = dict(runtime_env)
+    default_logging = ray.train.LoggingConfig()
+    if given is None or given.logging_config in (None, default_logging):
+        # Even its ERROR records only repeat, with stacks, the exception that the caller gets.
+        changes["logging_config"] = ray.train.LoggingConfig(log_level="CRITICAL")
+    return ray.train.RunConfig(**changes) if given is None else dataclasses.replace(given, **changes)
+
+
+@contextmanager
+def open_channel(on_event: OnEvent | None) -> Iterator[DriverChannel | None]:
+    """A listener for the length of one run, or None where nobody wants events."""
+    if on_event is None:
+        yield None
+        return
+    channel = DriverChannel(cluster.driver_host(), on_event)
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def _fit(job: Job, scaling: ray.train.ScalingConfig, run: ray.train.RunConfig, worker_main: str) -> ray.train.Result:
+    """Ray Train's ``fit``, with its handling of Ctrl-C turned into a KeyboardInterrupt."""
+    from ray.train.torch import TorchTrainer
+
+    from raylit.worker.entry import train_loop
+
+    config = {
+        "job": job,
+        "worker_main": worker_main,
+        "run_folder": run_folder(run),
+        "outcome_path": f"{run_folder(run)}/outcome.bin",
+        "storage_filesystem": run.storage_filesystem,
+    }
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if in_main_thread else None
+    try:
+        with warnings.catch_warnings():
+            # Ray 2.60 copies its own deprecated settings at each fit; none of the user's code runs in this process.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            trainer = TorchTrainer(train_loop, train_loop_config=config, scaling_config=scaling, run_config=run)
+            return trainer.fit()
+    except SystemExit:
+        # On SIGINT Ray Train's handler aborts the run, waits until its workers are gone, and calls sys.exit(0):
+        # a script would end as if it had succeeded, and a notebook would lose its kernel.
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main_thread:
+            # Ray Train leaves its handler behind: the next Ctrl-C would speak to a controller that is gone.
+            signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+
+
+def run_folder(run: ray.train.RunConfig) -> str:
+    """Where Ray Train keeps the run: a path or URI, or a path on ``run.storage_filesystem``."""
+    return f"{str(run.storage_path).rstrip('/')}/{run.name}"
+
+
+def _outcome(result: ray.train.Result, run: ray.train.RunConfig) -> bytes:
+    """Rank 0's bytes, from Ray's result or, where they were large, from the run's storage (and then removed)."""
+    value = result.return_value
+    if value is None:
+        raise WorkerLostError("the run ended without an outcome of worker 0")
+    if "bytes" in value:
+        return bytes(value["bytes"])
+    import pyarrow.fs
+
+    filesystem, path = run.storage_filesystem, str(value["path"])
+    if filesystem is None:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(path)
+    with filesystem.open_input_stream(path) as stream:
+        data = bytes(stream.read())
+    filesystem.delete_file(path)
+    return data
+
+
+def as_callers_error(raised: BaseException, workers: Mapping[int, tuple[str, int]]) -> BaseException:
+    """What the caller should see instead of Ray Train's error. ``workers``: rank -> (node, pid) where known."""
+    from ray.exceptions import RayTaskError
+    from ray.train import ControllerError, WorkerGroupError
+
+    if isinstance(raised, WorkerGroupError):
+        failed = raised.worker_failures
+        packed = [e.failure for e in failed.values() if isinstance(e, WorkerFailed)]
+        lost = {rank: e for rank, e in failed.items() if _death(e) is not None}
+        if packed and not (lost and all(map(is_consequence, packed))):
+            return rebuild(first_cause(packed))
+        return lost_error(lost, workers) if lost else next(iter(failed.values()), raised)
+    cause: BaseException = raised.controller_failure if isinstance(raised, ControllerError) else raised
+    if isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
+        cause = cause.cause
+    if type(cause).__name__ == "InsufficientClusterResourcesError":
+        return ResourceError(str(cause))
+    return cause
+
+
+def _death(error: BaseException) -> BaseException | None:
+    """Ray's account of a worker process that is gone, or None where ``error`` is something else."""
+    from ray.exceptions import RayActorError
+
+    # Ray Train wraps the actor's death in a type that is not public; its attribute leads to Ray core's public one.
+    inner = getattr(error, "health_check_failure", error)
+    if isinstance(inner, RayActorError) or type(error).__name__ == "WorkerHealthCheckTimeoutError":
+        return inner if isinstance(inner, BaseException) else error
+    return None
+
+
+def lost_error(lost: Mapping[int, BaseException], workers: Mapping[int, tuple[str, int]]) -> WorkerLostError:
+    """Word the death of worker processes: rank, node and process where known, and Ray's reason in one line."""
+    rank = min(lost)
+    who = f"worker {rank}"
+    if rank in workers:
+        who += f" on node {workers[rank][0]} (process {workers[rank][1]})"
+    others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+    reason = str(_death(lost[rank]))
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    told = next(
+        (line for line in lines if "exit" in line.lower() or "memory" in line.lower()), lines[0] if lines else ""
+    )
+    error = WorkerLostError(
+        f"{who}{others} died without an exception: {told[:400]}\n"
+        "Killed by the system (out of memory?), by a signal, or its node was lost. "
+        "max_failures=N lets a run go on from its last checkpoint."
+    )
+    error.__dict__.update(raylit_rank=rank, raylit_node=workers[rank][0] if rank in workers else None)
+    return error
