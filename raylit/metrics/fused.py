@@ -193,7 +193,7 @@ class Agreement:
             if entry.kind == "metric" and entry.key in metrics:
                 result = compute_over_ranks(metrics[entry.key], parts)
                 own[entry.key] = scalar_result(result, entry.key, "compute()")
-                metrics[entry.key].reset()  # it holds every rank's states now
+                metrics[entry.key].reset()  # counts the updates of every rank now
             elif entry.kind == "custom" and entry.key in slots:
                 own[entry.key] = _custom(slots[entry.key], torch.cat(parts))
         if all(entry.key in rank_held for rank_held in gathered for entry in entries):

@@ -233,8 +233,7 @@ class MetricStore:
         self.place = place
         self._loader = loader
         self._fast = {}
-        self._batch = _NO_BATCH  # the batch's memory is not kept over an inner loop
-        self._size = None
+        self._batch, self._size = _NO_BATCH, None  # the batch's memory is not kept over an inner loop
 
     def _measure(self) -> None:
         """Read the present batch's size, once."""

@@ -66,12 +66,15 @@ def _on(device: Any, value: Any) -> Any:
 
 
 def compute_over_ranks(metric: Any, gathered: list[list[dict[str, Any]]] | None) -> Any:
-    """Return ``compute()`` over the states of all ranks, in rank order; the same on each. The states are left merged:
-    the caller resets the metric. With None (one worker), the metric's own states are used.
+    """Return ``compute()`` over the states of all ranks, in rank order; the same on each.
+
+    The metric's own states are put back afterwards; the caller resets it. With None (one worker), they are all there is.
     """
     parts = _parts(metric)
     if not parts:
         return metric.compute()
+    synced = [part._to_sync for part in parts]
+    own = [dict(part.metric_state) for part in parts]
     if gathered is not None:
         for index, part in enumerate(parts):
             for attribute, reduction in part._reductions.items():
@@ -79,14 +82,15 @@ def compute_over_ranks(metric: Any, gathered: list[list[dict[str, Any]]] | None)
                 setattr(part, attribute, _merge(part.device, reduction, values))
             part._update_count = sum(rank[index]["updates"] for rank in gathered)
             part._computed = None
-    synced = [part._to_sync for part in parts]
     for part in parts:
         part._to_sync = False
     try:
         return metric.compute()
     finally:
-        for part, before in zip(parts, synced):
+        for part, before, states in zip(parts, synced, own):
             part._to_sync = before
+            for attribute, value in states.items():
+                setattr(part, attribute, value)
 
 
 def _merge(device: Any, reduction: Any, values: list[Any]) -> Any:
