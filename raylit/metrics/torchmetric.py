@@ -68,7 +68,7 @@ def _on(device: Any, value: Any) -> Any:
 def compute_over_ranks(metric: Any, gathered: list[list[dict[str, Any]]] | None) -> Any:
     """Return ``compute()`` over the states of all ranks, in rank order; the same on each.
 
-    The metric's own states are put back afterwards; the caller resets it. With None (one worker), they are all there is.
+    The metric's own states are put back afterwards; the caller resets it. None: one worker, nothing to merge.
     """
     parts = _parts(metric)
     if not parts:
