@@ -1,0 +1,189 @@
+"""torch DistributedDataParallel around the training step. Floor 2, worker side.
+
+DDP averages gradients of what runs through its ``forward``, so the forward here is the Module's ``training_step``
+(and ``training_step_end``). Two things are added to DDP:
+
+- A rank whose training_step returned None would leave the others waiting in their all-reduce. It takes part with zeros.
+  To know whether *any* rank had a loss, each loss carries the gradient 1 to an extra scalar parameter, which DDP
+  averages along with the others at no extra message; only a rank that skipped a whole group ever reads it.
+- In manual optimisation backward runs inside training_step, where DDP's reducer cannot be armed in time. There the
+  gradients are averaged when an optimizer steps: one message a step, and none for the backwards in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from raylit.collective import TorchCollective
+from raylit.ports import Collective
+from raylit.strategies.syncbn import replace_batchnorm
+
+_BUCKET_BYTES = 25 * 1024 * 1024  # as torch DDP's default bucket
+
+
+class DDP:
+    """Several workers, one device each. ``find_unused_parameters=None``: True where several optimizers need it.
+
+    Any other keyword goes to ``torch.nn.parallel.DistributedDataParallel``.
+    """
+
+    name = "ddp"
+
+    def __init__(self, find_unused_parameters: bool | None = None, **ddp_options: Any) -> None:
+        self._find_unused, self._options = find_unused_parameters, ddp_options
+        self._ddp: DistributedDataParallel | None = None
+        self._step: _Step | None = None
+        self.sync_batchnorm = False
+
+    def attach(self, device: torch.device, collective: Collective | None = None) -> DDP:
+        """Give the strategy this worker's device; the process group must exist."""
+        self.device = device
+        self.collective: Collective = TorchCollective(device) if collective is None else collective
+        return self
+
+    def setup_module(self, module: nn.Module) -> None:
+        """Move the module to the device, convert its BatchNorm layers if asked, and start all ranks from rank 0."""
+        if self.device.type != "cpu":
+            module.to(self.device)
+        if self.sync_batchnorm:
+            if self.device.type == "cpu":
+                replace_batchnorm(module)
+            else:
+                nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        for tensor in [*module.parameters(), *module.buffers()]:
+            # setup() or configure_model() may have drawn weights from each rank's own random state.
+            dist.broadcast(tensor.detach(), src=0)
+
+    def wrap_training_step(
+        self, module: nn.Module, step: Callable[..., Any], *, optimizers: int, manual: bool
+    ) -> Callable[..., Any]:
+        """Return DDP around ``step``, or ``step`` itself where there is no gradient to average on its way."""
+        self._module = module
+        if manual or not optimizers or not any(p.requires_grad for p in module.parameters()):
+            return step
+        unused = optimizers > 1 if self._find_unused is None else self._find_unused
+        self._step = _Step(module, step, optimizers, self.device)
+        ids = [self.device.index or 0] if self.device.type == "cuda" else None
+        self._ddp = DistributedDataParallel(
+            self._step, device_ids=ids, find_unused_parameters=unused, **self._options
+        )
+        return self._run
+
+    def _run(self, batch: Any, batch_idx: int, optimizer_idx: int | None, hiddens: Any) -> Any:
+        assert self._ddp is not None and self._step is not None
+        output, zero = self._ddp(batch, batch_idx, optimizer_idx, hiddens)
+        self._step.zero = zero
+        return output
+
+    def no_sync(self) -> AbstractContextManager[Any] | None:
+        """Return DDP's context in which backward does not all-reduce."""
+        assert self._ddp is not None
+        context: AbstractContextManager[Any] = self._ddp.no_sync()
+        return context
+
+    def skip_pass(self) -> None:
+        """Send zeros where the other ranks send gradients."""
+        if self._step is not None and self._step.zero is not None:
+            zero, self._step.zero = self._step.zero, None
+            zero.backward()  # type: ignore[no-untyped-call]
+
+    def anyone_took_part(self, optimizer_idx: int) -> bool:
+        """Read the averaged mark of who had a loss; waits for the device."""
+        assert self._step is not None
+        mark = self._step.took_part[optimizer_idx].grad
+        anyone = mark is not None and bool(mark.item() != 0.0)
+        if not anyone:
+            self.end_group(optimizer_idx)
+            # Zeros were written where gradients were None; an optimizer would take them for gradients later.
+            for parameter in self._module.parameters():
+                parameter.grad = None
+        return anyone
+
+    def end_group(self, optimizer_idx: int) -> None:
+        """Forget who took part."""
+        if self._step is not None:
+            self._step.took_part[optimizer_idx].grad = None
+
+    def reduce_gradients(self, optimizer: Optimizer) -> None:
+        """Average the gradients of ``optimizer``'s parameters over the workers, in few large messages.
+
+        A parameter without gradient on some ranks only counts as zero there. Averaging twice changes nothing, so
+        gradients that several steps share stay right.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        have = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        for parameter, wanted in zip(parameters, self.collective.all_reduce(have, "max").tolist(), strict=True):
+            if wanted and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for bucket in _buckets(gradients):
+            flat = torch.cat([g.reshape(-1) for g in bucket])
+            dist.all_reduce(flat)
+            flat /= self.collective.world_size
+            start = 0
+            for gradient in bucket:
+                gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+                start += gradient.numel()
+
+    def teardown(self) -> None:
+        """Let go of DDP, so that the Module can travel home."""
+        self._ddp = self._step = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Made by the person on the driver; what a worker adds stays there.
+        return {"_find_unused": self._find_unused, "_options": self._options, "sync_batchnorm": self.sync_batchnorm,
+                "_ddp": None, "_step": None}  # fmt: skip
+
+
+class _Step(nn.Module):
+    """What DDP wraps: its parameters are the Module's and the marks, its forward is the training step."""
+
+    def __init__(self, module: nn.Module, step: Callable[..., Any], optimizers: int, device: torch.device) -> None:
+        super().__init__()
+        self.module = module
+        self.took_part = nn.ParameterList(nn.Parameter(torch.zeros((), device=device)) for _ in range(optimizers))
+        self.step = step
+        self.zero: Tensor | None = None
+
+    def forward(self, batch: Any, batch_idx: int, optimizer_idx: int | None, hiddens: Any) -> tuple[Any, Any]:
+        output = self.step(batch, batch_idx, optimizer_idx, hiddens)
+        mark = self.took_part[optimizer_idx or 0]
+        if isinstance(output, Tensor):
+            return _marked(output, mark), None
+        if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+            return {**output, "loss": _marked(output["loss"], mark)}, None
+        # Skipped: a zero that depends on every parameter, or (an error in the making) something that is no loss.
+        zero = mark * 0
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                zero = zero + (parameter * 0).sum()
+        return output, zero
+
+
+def _marked(loss: Tensor, mark: Tensor) -> Tensor:
+    if not loss.requires_grad:
+        return loss  # refused by the engine, which says why
+    return loss + (mark - mark.detach()).to(loss.dtype)
+
+
+def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Group tensors of one dtype and device, in order, up to the size of a DDP bucket."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        same = buckets and (buckets[-1][0].dtype, buckets[-1][0].device) == (tensor.dtype, tensor.device)
+        if not same or size + tensor.nbytes > _BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.nbytes
+    return buckets
+

@@ -1,0 +1,53 @@
+"""One worker on one device. Floor 2, worker side; also the strategy of a run in the caller's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from raylit.ports import Collective
+
+
+class SingleDevice:
+    """The Module as it is, on one device: nothing is wrapped, nothing is sent."""
+
+    name = "single"
+
+    def __init__(self, device: torch.device, collective: Collective) -> None:
+        self.device, self.collective = device, collective
+
+    def setup_module(self, module: nn.Module) -> None:
+        """Move the module to the device."""
+        if self.device.type != "cpu":
+            module.to(self.device)
+
+    def wrap_training_step(
+        self, module: nn.Module, step: Callable[..., Any], *, optimizers: int, manual: bool
+    ) -> Callable[..., Any]:
+        """Return ``step`` itself."""
+        return step
+
+    def no_sync(self) -> AbstractContextManager[Any] | None:
+        """There is nothing to leave out."""
+        return None
+
+    def reduce_gradients(self, optimizer: Optimizer) -> None:
+        """There is nobody to average with."""
+
+    def skip_pass(self) -> None:
+        """Nobody waits."""
+
+    def anyone_took_part(self, optimizer_idx: int) -> bool:
+        """Nobody else is there."""
+        return False
+
+    def end_group(self, optimizer_idx: int) -> None:
+        """Nothing to forget."""
+
+    def teardown(self) -> None:
+        """Nothing to close."""
