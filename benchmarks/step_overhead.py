@@ -308,7 +308,8 @@ def print_table(title: str, seconds: dict[str, list[float]]) -> None:
         ratios = [value / other for value, other in zip(values, base)]
         print(
             f"| {CONTESTANTS[name][0]:26} | {middle * 1e6:9.1f} | {middle / middle_base:6.3f} "
-            f"| {(middle - middle_base) * 1e6:12.1f} | {min(values) / min(base):10.3f} | {min(ratios):6.3f}-{max(ratios):.3f} |",
+            f"| {(middle - middle_base) * 1e6:12.1f} | {min(values) / min(base):10.3f} "
+            f"| {min(ratios):6.3f}-{max(ratios):.3f} |",
             flush=True,
         )
 
