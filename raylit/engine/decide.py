@@ -7,28 +7,6 @@ import math
 from raylit.errors import ConfigError
 
 
-def resolve_limit(limit: int | float, total: int | None, argument: str) -> int | None:
-    """Turn a ``limit_*_batches`` into a number of batches; None where the loader is unlimited and unknown.
-
-    An int is a number of batches, a float a fraction of ``total``. A fraction of an unknown length, or one that leaves
-    nothing of a loader that has something, is a ConfigError.
-    """
-    if isinstance(limit, int) and not isinstance(limit, bool):
-        return limit if total is None else min(limit, total)
-    if limit == 1.0:
-        return total
-    if limit == 0.0:
-        return 0
-    if total is None:
-        raise ConfigError(
-            f"{argument}={limit} is a fraction, but the loader does not know its length; give a number of batches"
-        )
-    batches = int(total * limit)
-    if batches == 0 and total > 0:
-        raise ConfigError(f"{argument}={limit} of {total} batches is none; the least fraction is {1 / total:.4g}")
-    return batches
-
-
 def resolve_val_interval(interval: int | float, total: int | None) -> int | None:
     """Turn ``val_check_interval`` into training batches between validations; None: at the end of the epoch."""
     if isinstance(interval, int) and not isinstance(interval, bool):

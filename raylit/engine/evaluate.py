@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylit.engine.decide import resolve_limit
+from raylit.config.amounts import batches
 from raylit.engine.outputs import detached
 from raylit.engine.parts import Parts
 from raylit.metrics.place import BATCH_EVAL, EPOCH_EVAL
@@ -102,7 +102,7 @@ class Evaluation:
         forward_context, step_end = parts.precision.forward_context, self._step_end
         predicting = self._loop is Loop.PREDICT
         keep = predicting or self._epoch_end is not None
-        total = resolve_limit(limit, loader.num_batches, _ARGUMENT[self._loop])
+        total = batches(limit, loader.num_batches, _ARGUMENT[self._loop])
         loader.set_epoch(0)
         kept: list[Any] = []
         refresh = Refresh(parts.output.refresh_s)

@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 
+from raylit.config.amounts import batches
 from raylit.engine.decide import (
     epochs_reached,
     may_stop,
-    resolve_limit,
     resolve_val_interval,
     steps_reached,
     total_or_inf,
@@ -128,7 +128,7 @@ class Fit:
 
     def _set_length(self) -> None:
         settings, state = self._parts.settings, self._parts.state
-        self._total = resolve_limit(settings.limit_train_batches, self._loader.num_batches, "limit_train_batches")
+        self._total = batches(settings.train_batch_limit, self._loader.num_batches, "limit_train_batches")
         # An unknown length under a limit may turn out shorter: then the end must be looked for.
         self._known = self._loader.num_batches is not None and self._loader.equal_steps
         self._interval = resolve_val_interval(settings.val_check_interval, self._total if self._known else None)
@@ -136,7 +136,7 @@ class Fit:
 
     def _sanity_check(self) -> None:
         limit = self._parts.settings.num_sanity_val_steps
-        if limit == 0 or not self._val_loaders or self._parts.settings.limit_val_batches == 0:
+        if limit == 0 or not self._val_loaders or self._parts.settings.val_batch_limit == 0:
             return
         state, event = self._parts.state, self._parts.hooks.event
         start, end = event("on_sanity_check_start"), event("on_sanity_check_end")
@@ -154,7 +154,7 @@ class Fit:
     def _epoch(self) -> None:
         parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
         settings = parts.settings
-        if settings.reload_every_n_epochs and state.epoch and state.epoch % settings.reload_every_n_epochs == 0:
+        if settings.reload_dataloaders_every_n_epochs and state.epoch and state.epoch % settings.reload_dataloaders_every_n_epochs == 0:
             self._loader = parts.loaders.train()
             self._val_loaders = parts.loaders.evaluation("validate") if self._validation.possible else []
             self._set_length()
@@ -195,11 +195,11 @@ class Fit:
         parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
         train, transfer, output = self._train, parts.transfer, parts.output
         batch_start, batch_end, validation = self._batch_start, self._batch_end, self._validation
-        accumulate = train.accumulate = parts.settings.accumulate_at(state.epoch)
+        accumulate = train.accumulate = parts.settings.accumulation_at(state.epoch)
         manual, splits = not parts.module.automatic_optimization, bool(self._split_size())
         log_every = parts.settings.log_every_n_steps if output.wants_steps else 0
         refresh = Refresh(output.refresh_s) if output.refresh_s != float("inf") else None
-        validate = bool(self._val_loaders) and validation.possible and parts.settings.limit_val_batches != 0
+        validate = bool(self._val_loaders) and validation.possible and parts.settings.val_batch_limit != 0
         step_schedulers = any(plan.interval == "step" for plan in self.plan.schedulers)
         poll = 1 if not self._several else _STOP_POLL_BATCHES
         timed = self._deadline is not None
@@ -288,7 +288,7 @@ class Fit:
         )
 
     def _validate(self) -> None:
-        self._validation.run(self._val_loaders, self._parts.settings.limit_val_batches)
+        self._validation.run(self._val_loaders, self._parts.settings.val_batch_limit)
         self._parts.metrics.place = BATCH_TRAIN
 
     def _log_step(self) -> None:
@@ -342,7 +342,7 @@ class Fit:
         if wanted:
             state.stop_requested = True
             # A limit on epochs counts whole ones: the one that runs is not done yet.
-            self._stop_now = may_stop(state.epoch, state.global_step, settings.min_epochs, settings.min_steps)
+            self._stop_now = may_stop(state.epoch, state.global_step, settings.min_epochs or 0, settings.min_steps or 0)
 
     def _done(self) -> bool:
         state, settings = self._parts.state, self._parts.settings
@@ -351,7 +351,7 @@ class Fit:
         if epochs_reached(state.epoch, state.max_epochs):
             return True
         self._ask_to_stop()
-        return self._stop_now and may_stop(state.epoch, state.global_step, settings.min_epochs, settings.min_steps)
+        return self._stop_now and may_stop(state.epoch, state.global_step, settings.min_epochs or 0, settings.min_steps or 0)
 
     def _call(self, name: str) -> None:
         hook = self._parts.hooks.event(name)

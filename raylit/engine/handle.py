@@ -56,9 +56,9 @@ class ModuleHandle:
 
     def clip_gradients(self, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
         settings = self._parts.settings
-        value = settings.clip_val if value is None else value
+        value = settings.gradient_clip_val if value is None else value
         if value is not None:
-            clip_gradients(optimizer, value, algorithm or settings.clip_algorithm or "norm")  # type: ignore[arg-type]
+            clip_gradients(optimizer, value, algorithm or settings.gradient_clip_algorithm)  # type: ignore[arg-type]
 
     def manual_backward(self, loss: Tensor, optimizer: Optimizer | None, args: tuple[Any, ...],
                         kwargs: dict[str, Any]) -> None:  # fmt: skip
@@ -98,7 +98,7 @@ class ModuleHandle:
         before = parts.hooks.event("on_before_optimizer_step")
         if before is not None:
             before(optimizer, index)
-        if parts.settings.clip_val is not None:
+        if parts.settings.gradient_clip_val is not None:
             self.clip_gradients(optimizer, None, None)
 
         def step() -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from raylit.config.fit import FitConfig
 from raylit.datamodule import DataModule
 from raylit.hooks import HookTable
 from raylit.metrics.store import MetricStore
@@ -15,36 +16,6 @@ from raylit.module import Module
 from raylit.ports import LoaderLike, Precision, Strategy
 from raylit.stage import Loop
 from raylit.view import RunState, TrainerView
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """The Trainer's arguments as the loops use them. Fractions and defaults are resolved where the loaders are known."""
-
-    max_epochs: int = -1  # -1: no limit
-    min_epochs: int = 0
-    max_steps: int = -1
-    min_steps: int = 0
-    max_time_s: float | None = None
-    limit_train_batches: int | float = 1.0
-    limit_val_batches: int | float = 1.0
-    limit_test_batches: int | float = 1.0
-    limit_predict_batches: int | float = 1.0
-    val_check_interval: int | float = 1.0
-    check_val_every_n_epoch: int | None = 1
-    num_sanity_val_steps: int = 2  # -1: all
-    accumulate: Mapping[int, int] = field(default_factory=lambda: {0: 1})  # from this epoch on: batches a step
-    clip_val: float | None = None
-    clip_algorithm: str | None = None
-    truncated_bptt_steps: int = 0
-    log_every_n_steps: int = 50
-    reload_every_n_epochs: int = 0
-    detect_anomaly: bool = False
-    inference_mode: bool = True
-
-    def accumulate_at(self, epoch: int) -> int:
-        """Batches in an accumulation group of this epoch."""
-        return self.accumulate[max(start for start in self.accumulate if start <= epoch)]
 
 
 class Output(Protocol):
@@ -81,7 +52,7 @@ class Parts:
     trainer: TrainerView
     module: Module
     datamodule: DataModule | None
-    settings: LoopSettings
+    settings: FitConfig
     strategy: Strategy
     precision: Precision
     metrics: MetricStore

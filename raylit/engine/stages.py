@@ -127,7 +127,7 @@ def _evaluate(parts: Parts, stage: Stage) -> StageResult:
         )
     settings = parts.settings
     limit = {
-        Loop.VALIDATION: settings.limit_val_batches,
+        Loop.VALIDATION: settings.val_batch_limit,
         Loop.TEST: settings.limit_test_batches,
         Loop.PREDICT: settings.limit_predict_batches,
     }[loop]

@@ -53,7 +53,7 @@ class TrainBatch:
         self._before_step, self._before_zero = event("on_before_optimizer_step"), event("on_before_zero_grad")
         self._step_override, self._zero_override = own("optimizer_step"), own("optimizer_zero_grad")
         self._clip_override = own("configure_gradient_clipping")
-        self._clip_val, self._clip_algorithm = parts.settings.clip_val, parts.settings.clip_algorithm
+        self._clip_val, self._clip_algorithm = parts.settings.gradient_clip_val, parts.settings.gradient_clip_algorithm
         self._manual, self._forward_only = manual, not plan.optimizers
         # One call of training_step a batch where nothing, or the person, steps; else one for each optimizer.
         self._everyone = (0,) if manual or not plan.optimizers else tuple(range(len(plan.optimizers)))
@@ -195,7 +195,7 @@ class TrainBatch:
         if self._clip_override is not None:
             self._clip_override(optimizer, index, self._clip_val, self._clip_algorithm)
         elif self._clip_val is not None:
-            clip_gradients(optimizer, self._clip_val, self._clip_algorithm or "norm")  # type: ignore[arg-type]
+            clip_gradients(optimizer, self._clip_val, self._clip_algorithm)  # type: ignore[arg-type]
 
     def _zero_grad(self, optimizer: Optimizer, batch_idx: int, index: int) -> None:
         if self._before_zero is not None:

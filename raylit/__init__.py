@@ -1,0 +1,34 @@
+"""raylit: train a PyTorch Module on a Ray cluster, unchanged.
+
+``import raylit`` starts nothing and imports neither Ray nor anything but torch: names are resolved when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from raylit.callback import Callback
+from raylit.datamodule import DataModule
+from raylit.module import Module
+from raylit.seed import seed_everything
+from raylit.trainer import Trainer
+
+if TYPE_CHECKING:
+    from raylit import loggers, profilers, strategies
+
+__version__ = "0.1.0"
+
+LightningModule = Module
+LightningDataModule = DataModule
+
+__all__ = ["Callback", "DataModule", "LightningDataModule", "LightningModule", "Module", "Trainer", "__version__",
+           "loggers", "profilers", "seed_everything", "strategies"]  # fmt: skip
+
+_LAZY = ("loggers", "profilers", "strategies")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"raylit.{name}")
+    raise AttributeError(f"module 'raylit' has no attribute {name!r}")

@@ -1,0 +1,299 @@
+"""Put a run together from its description, run it, and pack what it leaves. Floor 4.
+
+The only file that picks concrete parts. ``worker_main`` is its end on a Ray worker; the local path calls ``run`` in the
+caller's own process, on the caller's own objects.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raylit.callback import Callback
+from raylit.checkpoint import apply, collect, load_weights
+from raylit.collective import LocalCollective
+from raylit.config.amounts import check_precision
+from raylit.config.trainer import TrainerConfig
+from raylit.data.batch import batch_size_of, split_time, to_device
+from raylit.datamodule import DataModule
+from raylit.engine.parts import Parts
+from raylit.engine.stages import StageResult, run_stage
+from raylit.errors import ConfigError
+from raylit.hooks import HookTable, adapt, overridden
+from raylit.hooks.spec import MODULE_HOOKS
+from raylit.metrics.history import History
+from raylit.metrics.store import MetricStore
+from raylit.module import Module
+from raylit.ports import Precision, Strategy
+from raylit.precision import make_precision
+from raylit.seed import seed_everything, set_random_state
+from raylit.stage import Stage
+from raylit.strategies import DDP, SingleDevice
+from raylit.view import RunState, TrainerView, WorkerTrainer
+from raylit.wire import Job, World
+from raylit.worker.loaders import Loaders
+from raylit.worker.output import RunOutput
+
+if TYPE_CHECKING:
+    from raylit.worker.channel import WorkerChannel
+
+Send = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class RunSpec:
+    """One call of an entry point, as it travels to the workers by cloudpickle."""
+
+    stage: Stage
+    config: TrainerConfig
+    module: Module
+    datamodule: DataModule | None = None
+    loaders: dict[str, Any] = field(default_factory=dict)  # what was passed: "train", "validate", "test", "predict"
+    callbacks: list[Callback] = field(default_factory=list)
+    loggers: list[Any] = field(default_factory=list)
+    run_folder: str | None = None  # path or URI; None: nothing is kept
+    random_state: dict[str, Any] | None = None  # of the caller's process
+    order_seed: int = 0  # of the epochs' orders
+    epoch: int = 0  # where this fit begins
+    global_step: int = 0
+    checkpoint: dict[str, Any] | None = None  # a loaded checkpoint to go on from
+
+
+@dataclass
+class RunOutcome:
+    """What a run leaves on rank 0, in its own process."""
+
+    state: RunState
+    result: StageResult
+    module: Module
+    callbacks: list[Callback]
+    checkpoint: dict[str, Any] | None = None
+
+
+def pick_device(world: World, use_gpu: bool | str) -> torch.device:
+    """The device of this worker. Ray shows each worker only its own GPUs."""
+    wanted = torch.cuda.is_available() if use_gpu == "auto" else bool(use_gpu)
+    if not wanted:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("use_gpu=True, but this process sees no CUDA device; use_gpu=False trains on the CPU")
+    if "ray.train" in sys.modules and world.storage_path is not None:
+        import ray.train.torch
+
+        device: torch.device = ray.train.torch.get_device()
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_gpu: bool | str) -> RunOutcome:
+    """Run one stage in this process as the given place in the world, with ``view`` as everyone's ``trainer``."""
+    fit = spec.config.fit
+    device = pick_device(world, use_gpu)
+    check_precision(fit.precision, use_gpu=device.type == "cuda")
+    _randomness(spec, world)
+    state = view._state
+    _fill(state, spec, world, device)
+    strategy = pick_strategy(fit.strategy, world, device, fit.sync_batchnorm)
+    precision = make_precision(fit.precision, device.type)
+    if fit.automatic_optimization is not None:
+        spec.module.automatic_optimization = fit.automatic_optimization
+    if fit.prepare_data_per_node is not None:
+        (spec.datamodule or spec.module).prepare_data_per_node = fit.prepare_data_per_node
+    hooks = HookTable(spec.module, Module, spec.callbacks, Callback, view)
+    history = History() if spec.stage is Stage.FIT else None
+    for logger in spec.loggers:
+        logger.attach(state.log_dir, world.global_rank)
+    output = RunOutput(
+        state, send=send, loggers=spec.loggers, history=history,
+        show_progress=fit.enable_progress_bar, bar_items=spec.module.get_progress_bar_dict,
+    )  # fmt: skip
+    if history is not None:
+        state.history = history
+    parts = Parts(
+        state=state, trainer=view, module=spec.module, datamodule=spec.datamodule, settings=fit,
+        strategy=strategy, precision=precision, hooks=hooks, output=output,
+        metrics=MetricStore(strategy.collective, device, batch_size_of, spec.module.named_modules),
+        loaders=Loaders(spec.loaders, spec.module, spec.datamodule, world, spec.order_seed,
+                        fit.use_distributed_sampler, bool(fit.overfit_batches)),
+        transfer=bind_transfer(spec.module, device, precision),
+        move=to_device, split_time=split_time,
+    )  # fmt: skip
+    if spec.checkpoint is not None:
+        load_weights(spec.checkpoint, spec.module)
+        if spec.stage is Stage.FIT:
+            saved = spec.checkpoint
+            state.epoch, state.global_step = int(saved["epoch"]), int(saved["global_step"])
+            parts.resume = lambda fit_loop: apply(saved, state)
+    if fit.enable_model_summary and world.global_rank == 0 and spec.stage is Stage.FIT and send is not None:
+        from raylit.summary import summarize
+
+        send({"kind": "summary", "text": summarize(spec.module)})
+    log_hyperparams(spec, state)
+    with torch_settings(fit.deterministic, fit.benchmark):
+        try:
+            result = run_stage(parts, spec.stage)
+            checkpoint = None
+            if spec.stage is Stage.FIT and fit.enable_checkpointing and world.global_rank == 0:
+                checkpoint = collect(state)
+        finally:
+            output.finalize(state.status.value)
+            strategy.teardown()
+    return RunOutcome(state, result, spec.module, spec.callbacks, checkpoint)
+
+
+def _fill(state: RunState, spec: RunSpec, world: World, device: torch.device) -> None:
+    fit = spec.config.fit
+    state.world, state.device, state.module, state.datamodule = world, device, spec.module, spec.datamodule
+    state.callbacks, state.loggers = spec.callbacks, spec.loggers
+    state.precision, state.log_dir = fit.precision, local_folder(spec.run_folder)
+    state.max_epochs = -1 if fit.epoch_limit is None else fit.epoch_limit
+    state.max_steps = -1 if fit.step_limit is None else fit.step_limit
+    if spec.stage is Stage.FIT:
+        state.epoch, state.global_step, state.batch_idx = spec.epoch, spec.global_step, -1
+
+
+def local_folder(run_folder: str | None) -> str | None:
+    """The run folder where it is a path of this machine; a temporary folder where it is a URI (uploaded at the end)."""
+    if run_folder is None:
+        return None
+    if "://" in run_folder and not run_folder.startswith("file://"):
+        return tempfile.mkdtemp(prefix="raylit-")
+    path = run_folder.removeprefix("file://")
+    os.makedirs(path, exist_ok=True)
+    return path
+
+
+def pick_strategy(asked: Any, world: World, device: torch.device, sync_batchnorm: bool) -> Strategy:
+    """The strategy's object for this worker."""
+    if isinstance(asked, str) and asked not in ("auto", "ddp"):
+        raise ConfigError(f"strategy={asked!r} is not there yet; accepted now: 'auto', 'ddp', or a raylit.strategies.DDP")
+    if world.world_size == 1:
+        return SingleDevice(device, LocalCollective(device))
+    ddp = DDP() if isinstance(asked, str) else asked
+    if not isinstance(ddp, DDP):
+        raise ConfigError(f"strategy must be 'auto', 'ddp' or a raylit.strategies.DDP; got {type(asked).__name__}")
+    ddp.sync_batchnorm = sync_batchnorm
+    return ddp.attach(device)
+
+
+def _randomness(spec: RunSpec, world: World) -> None:
+    """Seed this process. One worker draws what the caller's own process would have drawn; the others differ from it."""
+    seed = spec.config.fit.seed
+    if seed is not None:
+        seed_everything((seed + world.global_rank) % 2**32)
+    elif spec.random_state is not None:
+        if world.global_rank == 0:
+            set_random_state(spec.random_state)
+        else:
+            # A stream of its own, drawn from the caller's state: reproducible when the caller seeded.
+            python = random.Random()
+            python.setstate(spec.random_state["python"])
+            seed_everything((spec.order_seed + python.getrandbits(31) + world.global_rank) % 2**32)
+
+
+def bind_transfer(module: Module, device: torch.device, precision: Precision) -> Callable[[Any, int], Any] | None:
+    """Return how a batch gets to the device, or None where nothing is to be done (CPU, no override, 32 bit)."""
+    names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    bound = {
+        name: adapt(MODULE_HOOKS[name], getattr(module, name), type(module).__name__)
+        for name in names
+        if overridden(module, name, Module)
+    }
+    converts = type(precision).convert_batch is not type(make_precision("32-true", device.type)).convert_batch
+    if not bound and device.type == "cpu" and not converts:
+        return None
+    before, move, after = (bound.get(name) for name in names)
+
+    def transfer(batch: Any, dataloader_idx: int) -> Any:
+        if before is not None:
+            batch = before(batch, dataloader_idx)
+        batch = to_device(batch, device) if move is None else move(batch, device, dataloader_idx)
+        if converts:
+            batch = precision.convert_batch(batch)
+        return batch if after is None else after(batch, dataloader_idx)
+
+    return transfer
+
+
+class torch_settings:  # noqa: N801  a context manager, named as one
+    """Deterministic algorithms and cudnn's benchmark as the Trainer says, for the length of a run."""
+
+    def __init__(self, deterministic: bool | str, benchmark: bool | None) -> None:
+        self._deterministic, self._benchmark = deterministic, benchmark
+
+    def __enter__(self) -> None:
+        self._before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+        )
+        if self._deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=self._deterministic == "warn")
+        if self._benchmark is not None:
+            torch.backends.cudnn.benchmark = self._benchmark
+
+    def __exit__(self, *exc_info: object) -> None:
+        enabled, warn_only, benchmark = self._before
+        if self._deterministic:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def log_hyperparams(spec: RunSpec, state: RunState) -> None:
+    """Write the saved hyperparameters to the run folder and to the loggers, on rank 0 of a fit."""
+    if spec.stage is not Stage.FIT or state.world.global_rank != 0:
+        return
+    params: dict[str, Any] = {}
+    for owner in (spec.datamodule, spec.module):
+        if owner is not None and owner.__dict__.get("_log_hparams", True):
+            params.update(owner.hparams)
+    if not params:
+        return
+    if state.log_dir is not None:
+        from raylit.loggers.hparams import write_yaml
+
+        write_yaml(os.path.join(state.log_dir, "hparams.yaml"), params)
+    for logger in spec.loggers:
+        logger.log_hyperparams(params)
+
+
+def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
+    """Run a job on a Ray worker and return what rank 0 has to send home, packed."""
+    from raylit.travel import Departure, pack, unpack_spec
+
+    spec, use_gpu = unpack_spec(job.payload)
+    view = WorkerTrainer(RunState())
+    # Only rank 0's objects go home, so only they are compared.
+    departure = Departure.of(spec) if world.global_rank == 0 else None
+    outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)
+    if spec.stage is Stage.FIT and spec.config.fit.enable_checkpointing and world.storage_path is not None:
+        from raylit.worker.report import report_checkpoint
+
+        report_checkpoint(outcome.checkpoint, metrics_as_floats(outcome.state.callback_metrics))
+    if departure is None:
+        return b""
+    _upload(spec.run_folder, outcome.state.log_dir)
+    return pack(outcome, departure)
+
+
+def _upload(run_folder: str | None, local: str | None) -> None:
+    """Copy the run folder to its storage where it was kept in a temporary folder."""
+    if run_folder is None or local is None or "://" not in run_folder or run_folder.startswith("file://"):
+        return
+    import pyarrow.fs
+
+    filesystem, path = pyarrow.fs.FileSystem.from_uri(run_folder)
+    pyarrow.fs.copy_files(local, path, destination_filesystem=filesystem)
+
+
+def metrics_as_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read metrics off the device, for results that leave the run."""
+    return {name: float(value) for name, value in metrics.items()}

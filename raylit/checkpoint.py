@@ -1,0 +1,150 @@
+"""What a checkpoint holds, and writing and reading ``model.ckpt``. Floor 2, any process.
+
+The keys are Lightning's, so that each library's ``load_from_checkpoint`` reads the other's. Files are read with
+``weights_only=True``: one from a stranger executes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylit.errors import CheckpointError
+from raylit.view import RunState
+
+FILE_NAME = "model.ckpt"
+# Lightning migrates a file by this version when it loads one; the layout below is 2.0's.
+_LAYOUT_VERSION = "2.0.0"
+_PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+def plain(value: Any) -> bool:
+    """Tell whether ``weights_only`` loading gives ``value`` back: tensors and plain values, nested in dicts and lists."""
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return True
+    if type(value) in (list, tuple, set):
+        return all(plain(item) for item in value)
+    return type(value) is dict and all(plain(k) and plain(v) for k, v in value.items())
+
+
+def safe_hparams(params: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Leave out the hyperparameters that could not be loaded safely, with a warning that names them."""
+    lost = [name for name, value in params.items() if not plain(value)]
+    if lost:
+        warnings.warn(
+            f"hyperparameters of {owner} left out of the checkpoint, since they are no plain values: {', '.join(lost)}. "
+            "Pass them to load_from_checkpoint.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return {name: value for name, value in params.items() if name not in lost}
+
+
+def collect(state: RunState) -> dict[str, Any]:
+    """Return the checkpoint of a fit as it stands between two epochs; tensors are copied to the CPU."""
+    module = state.module
+    assert module is not None
+    checkpoint: dict[str, Any] = {
+        "pytorch-lightning_version": _LAYOUT_VERSION,
+        "epoch": state.epoch,
+        "global_step": state.global_step,
+        "state_dict": to_cpu(module.state_dict()),
+        "optimizer_states": [to_cpu(optimizer.state_dict()) for optimizer in state.optimizers],
+        "lr_schedulers": [to_cpu(scheduler.state_dict()) for scheduler in state.lr_schedulers],
+        "callbacks": {_callback_key(c, i): c.state_dict() for i, c in enumerate(state.callbacks) if c.state_dict()},
+        "loops": {},
+        "hparams_name": "kwargs",
+        "hyper_parameters": safe_hparams(module.hparams, type(module).__name__),
+    }
+    if state.datamodule is not None:
+        name = type(state.datamodule).__name__
+        checkpoint["datamodule_hyper_parameters"] = safe_hparams(state.datamodule.hparams, name)
+        checkpoint[name] = state.datamodule.state_dict()
+    return checkpoint
+
+
+def apply(checkpoint: dict[str, Any], state: RunState) -> None:
+    """Put optimizers, schedulers, callbacks and the DataModule back as a checkpoint has them (the weights come before)."""
+    for what, objects in (("optimizer_states", state.optimizers), ("lr_schedulers", state.lr_schedulers)):
+        saved = checkpoint.get(what, [])
+        if len(saved) != len(objects):
+            raise CheckpointError(
+                f"the checkpoint has {len(saved)} {what}, configure_optimizers returned {len(objects)}: "
+                "it belongs to another configuration"
+            )
+        for each, own in zip(objects, saved, strict=True):
+            each.load_state_dict(own)
+    for index, callback in enumerate(state.callbacks):
+        own_state = checkpoint.get("callbacks", {}).get(_callback_key(callback, index))
+        if own_state is not None:
+            callback.load_state_dict(own_state)
+    if state.datamodule is not None and type(state.datamodule).__name__ in checkpoint:
+        state.datamodule.load_state_dict(checkpoint[type(state.datamodule).__name__])
+
+
+def _callback_key(callback: object, index: int) -> str:
+    return f"{type(callback).__qualname__}:{index}"
+
+
+def to_cpu(value: Any) -> Any:
+    """Return a copy of a nested value with every tensor detached and copied to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone() if value.device.type == "cpu" else value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_cpu(item) for item in value)
+    return value
+
+
+def write(checkpoint: Mapping[str, Any], folder: str) -> str:
+    """Write ``folder/model.ckpt`` whole or not at all; return its path."""
+    os.makedirs(folder, exist_ok=True)
+    target = os.path.join(folder, FILE_NAME)
+    partial = f"{target}.partial"
+    try:
+        with open(partial, "wb") as file:
+            torch.save(dict(checkpoint), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+    return target
+
+
+def read(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint from its file, its folder, or a Ray ``Checkpoint``; CheckpointError where there is none."""
+    if hasattr(path, "as_directory"):
+        with path.as_directory() as folder:
+            return read(folder, map_location)
+    if not isinstance(path, (str, Path)):
+        raise CheckpointError(f"ckpt_path must be a path or a Ray Checkpoint; got {type(path).__name__}")
+    file = Path(path)
+    if file.is_dir():
+        file = file / FILE_NAME
+    if not file.is_file():
+        raise CheckpointError(f"there is no checkpoint at {str(path)!r} (looked for {file})")
+    try:
+        loaded = torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be loaded: damaged, or holding more than tensors and plain values "
+                              f"({str(error).splitlines()[0]})") from error  # fmt: skip
+    if not isinstance(loaded, dict) or "state_dict" not in loaded:
+        raise CheckpointError(f"{file} is no checkpoint of a Module: it has no 'state_dict'")
+    return loaded
+
+
+def load_weights(checkpoint: Mapping[str, Any], module: torch.nn.Module, strict: bool = True) -> None:
+    """Load a checkpoint's weights into ``module``; CheckpointError naming what does not fit."""
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint is of another model: {error}") from None

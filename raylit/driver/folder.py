@@ -1,0 +1,97 @@
+"""The run folder: where it lies, what it is called, and that nothing is overwritten. Floor 5, driver side."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import tempfile
+from typing import Any
+
+from raylit.config.placement import PlacementConfig
+from raylit.errors import ConfigError, RunExistsError
+from raylit.stage import Stage
+
+_PROBE = ".raylit_write_check"
+
+
+def default_storage() -> str:
+    """Ray's own default, so that runs with and without Ray lie side by side."""
+    return os.path.expanduser("~/ray_results")
+
+
+def new_name(module_name: str) -> str:
+    """A name no other run has: the Module's class, the time, and two random bytes."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return f"{module_name}-{now}-{secrets.token_hex(2)}"
+
+
+def claim(placement: PlacementConfig, module_name: str) -> str:
+    """Return the run's folder (path or URI) after checking that it is new and can be written.
+
+    Raises RunExistsError for a name that is taken, ConfigError for a storage path that cannot be written.
+    """
+    storage = placement.storage_path or default_storage()
+    name = placement.name or new_name(module_name)
+    filesystem = getattr(placement.run_config, "storage_filesystem", None)
+    if "://" in storage or filesystem is not None:
+        return _claim_remote(storage, name, filesystem)
+    path = os.path.join(os.path.abspath(os.path.expanduser(storage)), name)
+    if os.path.isdir(path) and os.listdir(path):
+        raise _taken(name, storage)
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, _PROBE)
+        with open(probe, "w"):
+            pass
+        os.unlink(probe)
+    except OSError as error:
+        raise ConfigError(
+            f"storage_path={storage!r} cannot be written ({error.strerror}); give a folder or URI that can"
+        ) from None
+    return path
+
+
+def _claim_remote(storage: str, name: str, filesystem: Any) -> str:
+    import pyarrow.fs
+
+    folder = f"{storage.rstrip('/')}/{name}"
+    try:
+        path = folder
+        if filesystem is None:
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(folder)
+        found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+        if found:
+            raise _taken(name, storage)
+        filesystem.create_dir(path)
+        with filesystem.open_output_stream(f"{path}/{_PROBE}") as stream:
+            stream.write(b"")
+        filesystem.delete_file(f"{path}/{_PROBE}")
+    except (OSError, ValueError) as error:
+        if isinstance(error, RunExistsError):
+            raise
+        raise ConfigError(f"storage_path={storage!r} cannot be written: {str(error).splitlines()[0]}") from None
+    return folder
+
+
+def _taken(name: str, storage: str) -> RunExistsError:
+    return RunExistsError(
+        f"a run named {name!r} exists in {storage}; raylit overwrites nothing. Choose another name=, or leave it out "
+        "and each run gets its own"
+    )
+
+
+def as_path(folder: str | None) -> str | None:
+    """The folder as ``result.path`` shows it."""
+    return folder
+
+
+def split(folder: str) -> tuple[str, str]:
+    """Split a run folder into Ray's storage_path and name."""
+    storage, _, name = folder.rstrip("/").rpartition("/")
+    return storage, name
+
+
+def temporary(stage: Stage) -> tuple[str, str]:
+    """Storage and name of a run that keeps nothing."""
+    return tempfile.gettempdir(), f"raylit-{stage.value}-{secrets.token_hex(4)}"

@@ -1,0 +1,53 @@
+"""What ``fit`` returns where Ray is not imported: the fields of ``ray.train.Result``. Floor 5, the local process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LocalCheckpoint:
+    """A checkpoint folder of this machine, with ``ray.train.Checkpoint``'s ways to get at it."""
+
+    path: str
+
+    @contextlib.contextmanager
+    def as_directory(self) -> Iterator[str]:
+        """Give the folder; nothing is copied."""
+        yield self.path
+
+    def to_directory(self, path: str | None = None) -> str:
+        """Copy the folder to ``path``, or to a new temporary one, and return that."""
+        target = path or tempfile.mkdtemp(prefix="checkpoint_")
+        shutil.copytree(self.path, target, dirs_exist_ok=True)
+        return os.fspath(target)
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """The outcome of a fit in this process. ``metrics`` is never None."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    checkpoint: LocalCheckpoint | None = None
+    path: str | None = None
+    error: Exception | None = None
+
+    @property
+    def best_checkpoints(self) -> list[tuple[LocalCheckpoint, dict[str, float]]]:
+        """The kept checkpoints with their metrics."""
+        return [] if self.checkpoint is None else [(self.checkpoint, self.metrics)]
+
+    @property
+    def metrics_dataframe(self) -> Any:
+        """One row of metrics for each kept checkpoint, as a pandas DataFrame; None without checkpoint."""
+        if self.checkpoint is None:
+            return None
+        import pandas as pd
+
+        return pd.DataFrame([self.metrics])

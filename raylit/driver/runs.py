@@ -1,0 +1,290 @@
+"""From a call of ``fit``, ``validate``, ``test`` or ``predict`` to its result. Floor 5, driver side.
+
+Everything that can be refused is refused here, before a worker starts: the Module's steps and hook signatures, the
+loaders that were passed, the run's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from raylit.assemble import RunSpec, metrics_as_floats
+from raylit.callback import Callback
+from raylit.checkpoint import read, write
+from raylit.data.loader import prepare_all, prepare_train
+from raylit.datamodule import DataModule
+from raylit.display.terminal import TerminalDisplay
+from raylit.driver import folder as folders
+from raylit.driver.result import LocalCheckpoint, LocalResult
+from raylit.errors import CheckpointError, ConfigError, DataError, HookError
+from raylit.hooks import HookTable, overridden
+from raylit.module import Module
+from raylit.seed import get_random_state
+from raylit.stage import Stage, Status
+from raylit.travel import Homecoming, pack_spec, receive, unpack
+from raylit.wire import Job, World
+from raylit.worker.loaders import HOOK
+
+if TYPE_CHECKING:
+    from raylit.trainer import Trainer
+
+Loaders = dict[str, Any]
+
+
+def fit(trainer: Trainer, model: Module, loaders: Loaders, datamodule: DataModule | None, ckpt_path: Any) -> Any:
+    """Train; return Ray's Result, or a LocalResult where the run took place in this process."""
+    callbacks = merge_callbacks(trainer, model)
+    check_before_fit(trainer, model, callbacks, loaders, datamodule)
+    placement = trainer._config.placement
+    checkpoint = load_checkpoint(ckpt_path)
+    if isinstance(placement.num_workers, tuple):
+        raise ConfigError(
+            f"num_workers={placement.num_workers}: elastic runs are not there yet; give one number of workers"
+        )
+    keeps = trainer._config.fit.fast_dev_run == 0
+    run_folder = folders.claim(placement, type(model).__name__) if keeps else None
+    spec = describe(trainer, Stage.FIT, model, loaders, datamodule, callbacks, run_folder)
+    spec.checkpoint = checkpoint
+    with shown(trainer, first=True) as display:
+        if placement.in_process:
+            return _fit_here(trainer, spec, display)
+        launched = _launch(trainer, spec, display, run_folder)
+        home = unpack(launched.outcome)
+        come_home(trainer, home, model, callbacks)
+        metrics = metrics_as_floats(home.metrics["callback"])
+        return dataclasses.replace(launched.result, metrics=metrics, return_value=None)
+
+
+def evaluate(
+    trainer: Trainer, stage: Stage, model: Module, loaders: Loaders, datamodule: DataModule | None, ckpt_path: Any
+) -> Any:
+    """Validate, test or predict; return metrics of each dataloader, or the predictions."""
+    callbacks = merge_callbacks(trainer, model)
+    if datamodule is None and model is trainer._state.module and all(v is None for v in loaders.values()):
+        datamodule = trainer._state.datamodule
+    check_hooks(trainer, model, callbacks)
+    check_loaders(trainer, stage, model, loaders, datamodule)
+    # The folder of the fit before, where there was one: test results stand beside the training's.
+    spec = describe(trainer, stage, model, loaders, datamodule, callbacks, trainer._state.log_dir)
+    spec.checkpoint = load_checkpoint(ckpt_path)
+    with shown(trainer) as display:
+        if ckpt_path is None and model is trainer._state.module and trainer._state.status is Status.FINISHED:
+            display.event({"kind": "note", "text": f"{stage.value} uses the model's current weights"})
+        if trainer._config.placement.in_process:
+            outcome = _run_here(trainer, spec, display)
+            metrics, predictions = outcome.result.metrics, outcome.result.predictions
+        else:
+            home = unpack(_launch(trainer, spec, display, None).outcome)
+            come_home(trainer, home, model, callbacks)
+            metrics, predictions = home.stage_metrics, home.predictions
+    if stage is Stage.PREDICT:
+        assert predictions is not None
+        return predictions[0] if len(predictions) == 1 else predictions
+    return [metrics_as_floats(each) for each in metrics]
+
+
+# -- in this process -------------------------------------------------------------------------------------------------
+def _run_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> Any:
+    from raylit.assemble import run
+
+    return run(spec, World(), trainer, display.event, trainer._config.placement.use_gpu)
+
+
+def _fit_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> LocalResult:
+    outcome = _run_here(trainer, spec, display)
+    metrics = metrics_as_floats(outcome.state.callback_metrics)
+    path = folders.as_path(spec.run_folder)
+    checkpoint = None
+    if outcome.checkpoint is not None and path is not None:
+        target = os.path.join(path, "checkpoint_000000")
+        write(outcome.checkpoint, target)
+        checkpoint = LocalCheckpoint(target)
+    return LocalResult(metrics=metrics, checkpoint=checkpoint, path=path)
+
+
+# -- on Ray ----------------------------------------------------------------------------------------------------------
+def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folder: str | None) -> Any:
+    from raylit.driver import cluster
+    from raylit.driver.launch import launch
+
+    placement = trainer._config.placement
+    cluster.connect(placement.runtime_env)
+    use_gpu = placement.use_gpu
+    if use_gpu == "auto":
+        use_gpu = cluster.available().get("GPU", 0.0) >= placement.worker_range[0]
+    job = Job(
+        stage=spec.stage.value,
+        payload=pack_spec(spec, bool(use_gpu)),
+        sys_path=tuple(entry for entry in sys.path if entry),
+        working_dir=os.getcwd(),
+    )
+    storage, name = folders.split(run_folder) if run_folder is not None else folders.temporary(spec.stage)
+    return launch(
+        job,
+        num_workers=placement.num_workers,
+        use_gpu=bool(use_gpu),
+        resources_per_worker=placement.resources_per_worker,
+        placement_strategy=placement.placement_strategy,
+        scaling_config=placement.scaling_config,
+        run_config=placement.run_config,
+        failure_config=placement.failure_config,
+        name=name,
+        storage_path=storage,
+        max_failures=placement.max_failures,
+        runtime_env=placement.runtime_env,
+        on_event=display.event,
+    )
+
+
+def come_home(trainer: Trainer, home: Homecoming, model: Module, callbacks: list[Callback]) -> None:
+    """Bring the caller's objects and the Trainer up to date with what rank 0 sent."""
+    receive(home, model, callbacks)
+    state = trainer._state
+    state.module, state.callbacks = model, callbacks
+    state.status = Status(home.status)
+    state.epoch, state.global_step = home.epoch, home.global_step
+    state.num_training_batches = home.num_training_batches
+    state.callback_metrics, state.logged_metrics = home.metrics["callback"], home.metrics["logged"]
+    state.progress_bar_metrics = home.metrics["progress_bar"]
+    if home.history is not None:
+        state.history = home.history
+
+
+# -- describing and checking -----------------------------------------------------------------------------------------
+def describe(
+    trainer: Trainer, stage: Stage, model: Module, loaders: Loaders, datamodule: DataModule | None,
+    callbacks: list[Callback], run_folder: str | None,
+) -> RunSpec:  # fmt: skip
+    """Write down the run for whoever runs it."""
+    import torch
+
+    state = trainer._state
+    state.module, state.datamodule, state.callbacks, state.log_dir = model, datamodule, callbacks, run_folder
+    state.stage = stage
+    seed = trainer._config.fit.seed
+    return RunSpec(
+        stage=stage,
+        config=trainer._config,
+        module=model,
+        datamodule=datamodule,
+        loaders={kind: loader for kind, loader in loaders.items() if loader is not None},
+        callbacks=callbacks,
+        loggers=pick_loggers(trainer, stage),
+        run_folder=run_folder,
+        random_state=None if trainer._config.placement.in_process else get_random_state(),
+        order_seed=(torch.initial_seed() if seed is None else seed) % 2**32,
+    )
+
+
+def pick_loggers(trainer: Trainer, stage: Stage) -> list[Any]:
+    """The run's loggers: TensorBoard in the run folder by default; none in a stage that keeps nothing."""
+    asked = trainer._config.fit.logger
+    if asked is True:
+        if stage is not Stage.FIT or trainer._config.fit.fast_dev_run:
+            return []
+        from raylit.loggers import TensorBoardLogger
+
+        return [TensorBoardLogger()]
+    return list(asked or ()) if not isinstance(asked, bool) else []
+
+
+def merge_callbacks(trainer: Trainer, model: Module) -> list[Callback]:
+    """The Trainer's callbacks with the Module's own; one of the same type is the Module's."""
+    own = model.configure_callbacks() or []
+    own = [own] if isinstance(own, Callback) else list(own)
+    for callback in own:
+        if not isinstance(callback, Callback):
+            raise HookError(f"configure_callbacks returned a {type(callback).__name__}; it must be raylit.Callback objects")
+    kept = [c for c in trainer._config.fit.callbacks if type(c) not in {type(o) for o in own}]
+    return kept + own
+
+
+def check_hooks(trainer: Trainer, model: Module, callbacks: list[Callback]) -> None:
+    """Read every override's signature: HookError for one that asks for what it is never given."""
+    HookTable(model, Module, callbacks, Callback, trainer)
+
+
+def check_before_fit(
+    trainer: Trainer, model: Module, callbacks: list[Callback], loaders: Loaders, datamodule: DataModule | None
+) -> None:
+    """Refuse a fit that cannot begin."""
+    name = type(model).__name__
+    for hook, without in (
+        ("training_step", "write training_step(self, batch, batch_idx), returning the loss"),
+        ("configure_optimizers", "write configure_optimizers(self); return None to run forward only"),
+    ):
+        if not overridden(model, hook, Module):
+            raise HookError(f"{name} has no {hook}: {without}")
+    check_hooks(trainer, model, callbacks)
+    check_loaders(trainer, Stage.FIT, model, loaders, datamodule)
+    if overridden(model, "validation_step", Module) is False and loaders.get("validate") is not None:
+        raise HookError(f"val_dataloaders are given, but {name} has no validation_step: write it, or leave them out")
+
+
+def check_loaders(
+    trainer: Trainer, stage: Stage, model: Module, loaders: Loaders, datamodule: DataModule | None
+) -> None:
+    """Refuse what is missing, empty or no loader at all; hooks that make loaders are left to the workers."""
+    kind = "train" if stage is Stage.FIT else stage.value
+    there = loaders.get(kind) is not None
+    hook = HOOK[kind]
+    there = there or (datamodule is not None and overridden(datamodule, hook, DataModule))
+    if not there and not overridden(model, hook, Module):
+        argument = "train_dataloaders" if kind == "train" else "dataloaders"
+        raise DataError(
+            f"{stage.value} has no data: pass {argument}=, a datamodule with {hook}(), or write {hook}() in "
+            f"{type(model).__name__}"
+        )
+    world = max(1, trainer._config.placement.worker_range[0])
+    place: dict[str, Any] = {
+        "rank": 0, "world_size": world, "seed": 0, "shard": trainer._config.fit.use_distributed_sampler,
+    }  # fmt: skip
+    for each, source in loaders.items():
+        if source is None:
+            continue
+        if each == "train":
+            prepare_train(source, name="train_dataloaders", **place)
+        else:
+            name = "val_dataloaders" if stage is Stage.FIT else "dataloaders"
+            prepare_all(source, stage=each, name=name, **place)
+
+
+def load_checkpoint(path: Any) -> dict[str, Any] | None:
+    """Read ``ckpt_path``; ``"last"`` and ``"best"`` need what only ModelCheckpoint keeps."""
+    if path is None:
+        return None
+    if path in ("last", "best"):
+        raise CheckpointError(f"ckpt_path={path!r} is not there yet: give a path or result.checkpoint")
+    return read(path)
+
+
+class shown:  # noqa: N801  a context manager, named as one
+    """The display of one call; turns Ctrl-C into one line and an exit code."""
+
+    def __init__(self, trainer: Trainer, first: bool = False) -> None:
+        self._trainer, self._first = trainer, first
+        self._display = TerminalDisplay(enabled=trainer._config.fit.enable_progress_bar)
+
+    def __enter__(self) -> TerminalDisplay:
+        if self._first and not self._trainer._notes_given:
+            self._trainer._notes_given = True
+            for note in self._trainer._config.notes:
+                self._display.event({"kind": "note", "text": note})
+        return self._display
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        state = self._trainer._state
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if error is not None:
+            state.status = Status.INTERRUPTED if interrupted else Status.FAILED
+        self._display.event({"kind": "end", "status": state.status.value})
+        self._display.close()
+        if interrupted:
+            from raylit.trainer import RunInterrupted
+
+            where = f"; the run folder is {state.log_dir}" if state.log_dir else ""
+            print(f"interrupted in epoch {state.epoch} at step {state.global_step}{where}", file=sys.stderr)
+            raise RunInterrupted(130) from None

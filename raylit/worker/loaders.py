@@ -1,0 +1,71 @@
+"""Asks the person's objects for loaders and prepares them for this rank. Floor 4; on a worker or in the local process."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from raylit.data.loader import prepare_all, prepare_train
+from raylit.datamodule import DataModule
+from raylit.errors import DataError
+from raylit.hooks import overridden
+from raylit.module import Module
+from raylit.ports import LoaderLike
+from raylit.wire import World
+
+# How a stage's loader is called: the hook, and the argument of fit/validate/test/predict.
+HOOK = {"train": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader",
+        "predict": "predict_dataloader"}  # fmt: skip
+
+
+def find_source(kind: str, given: Any, module: Module, datamodule: DataModule | None) -> tuple[Any, str]:
+    """Return the loader of ``kind`` and where it came from: the argument, the DataModule's hook, or the Module's."""
+    if given is not None:
+        return given, {"train": "train_dataloaders", "validate": "val_dataloaders"}.get(kind, "dataloaders")
+    hook = HOOK[kind]
+    if datamodule is not None and overridden(datamodule, hook, DataModule):
+        return getattr(datamodule, hook)(), f"{type(datamodule).__name__}.{hook}"
+    if overridden(module, hook, Module):
+        return getattr(module, hook)(), f"{type(module).__name__}.{hook}"
+    return None, hook
+
+
+class Loaders:
+    """Implements ``engine.parts.LoaderSource``. ``given``: what was passed to fit, validate, test or predict."""
+
+    def __init__(self, given: dict[str, Any], module: Module, datamodule: DataModule | None, world: World, seed: int,
+                 shard: bool, overfit: bool) -> None:  # fmt: skip
+        self._given, self._module, self._datamodule = given, module, datamodule
+        self._place: dict[str, Any] = {
+            "rank": world.global_rank, "world_size": world.world_size, "seed": seed, "shard": shard,
+        }  # fmt: skip
+        self._overfit = overfit
+
+    def train(self) -> LoaderLike:
+        """The training loader of this rank."""
+        source, name = find_source("train", self._given.get("train"), self._module, self._datamodule)
+        if self._overfit:
+            source = in_order(source)
+        return cast(LoaderLike, prepare_train(source, name=name, **self._place))
+
+    def evaluation(self, stage: str) -> list[LoaderLike]:
+        """The loaders of an evaluation; under ``overfit_batches`` validation sees the training batches."""
+        source, name = find_source(stage, self._given.get(stage), self._module, self._datamodule)
+        if stage == "validate" and self._overfit and source is not None:
+            train, name = find_source("train", self._given.get("train"), self._module, self._datamodule)
+            source = in_order(train)
+        return cast("list[LoaderLike]", prepare_all(source, stage=stage, name=name, **self._place))
+
+
+def in_order(source: Any) -> Any:
+    """Return a loader that walks the same data set without shuffling: ``overfit_batches`` wants the same batches."""
+    from torch.utils.data import DataLoader, RandomSampler
+
+    if not isinstance(source, DataLoader) or not isinstance(getattr(source, "sampler", None), RandomSampler):
+        return source
+    if type(source) is not DataLoader:
+        raise DataError("overfit_batches needs a loader that does not shuffle; pass one with shuffle=False")
+    return DataLoader(
+        source.dataset, batch_size=source.batch_size, shuffle=False, collate_fn=source.collate_fn,
+        num_workers=source.num_workers, pin_memory=source.pin_memory, drop_last=source.drop_last,
+        timeout=source.timeout, worker_init_fn=source.worker_init_fn,
+    )  # fmt: skip
