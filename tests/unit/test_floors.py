@@ -27,11 +27,11 @@ FLOORS: dict[str, int] = {
     # 2: parts; siblings do not import each other
     "optim": 2, "metrics": 2, "data": 2, "precision": 2, "strategies": 2, "collective": 2,
     "checkpoint": 2, "callbacks": 2,
-    "loggers": 2, "profilers": 2, "display": 2, "summary": 2, "export": 2, "plots": 2,
+    "loggers": 2, "profilers": 2, "display": 2, "summary": 2, "export": 2, "plots": 2, "restore": 2,
     # 3: the engine
     "engine": 3,
     # 4: worker side
-    "assemble": 4, "worker": 4, "local": 4,
+    "assemble": 4, "worker": 4, "local": 4, "travel": 4,
     # 5: driver side
     "driver": 5, "trainer": 5,
     # 6: search
