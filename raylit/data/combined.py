@@ -29,11 +29,11 @@ class CombinedLoader:
         self.batch_size: int | None = None
         self.num_samples: int | None = None
         parts = list(self.loaders.values())
-        self.samples_per_step = sum(part.samples_per_step for part in parts)
+        self.samples_per_step: int = sum(part.samples_per_step for part in parts)
         lengths = [part.num_batches for part in parts]
         known = [length for length in lengths if length is not None]
         self.num_batches: int | None = max(known) if len(known) == len(lengths) else None
-        self.equal_steps = all(part.equal_steps for part in parts)
+        self.equal_steps: bool = all(part.equal_steps for part in parts)
         self._epoch = 0
         self._start = 0
 
@@ -47,7 +47,8 @@ class CombinedLoader:
         if self.num_batches is None:
             return None
         parts = self.loaders.values()
-        return max(_Part(part, self._epoch, self._share(part, start_sample)).left_of_first for part in parts)
+        left = [_Part(part, self._epoch, self._share(part, start_sample)).left_of_first for part in parts]
+        return max(left)
 
     def _share(self, part: PreparedLoader, start_sample: int) -> int:
         return start_sample * part.samples_per_step // self.samples_per_step
@@ -92,7 +93,7 @@ class _Part:
         self._loader = loader
         self._epoch = epoch
         self._start = consumed
-        self.left_of_first = 0
+        self.left_of_first: int = 0
         if loader.num_batches is not None:
             self.left_of_first = loader.batches_from(consumed) or 0
             if not self.left_of_first and consumed:

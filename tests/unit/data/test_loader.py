@@ -527,7 +527,7 @@ def test_other_refusals():
     place = {"rank": 0, "world_size": 1, "seed": 0}
     with pytest.raises(DataError, match="no loader to train on"):
         prepare_train(None, **place)
-    for empty in ({},):
+    for empty in ({}, [], ()):
         with pytest.raises(DataError, match="empty collection"):
             prepare_train(empty, **place)
     with pytest.raises(DataError, match="stage must be one of train"):
