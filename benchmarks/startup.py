@@ -112,7 +112,7 @@ def on_ray(rounds: int, worker_counts: list[int]) -> dict[str, Any]:
     print(f"ray.init: {time.time() - began:.1f} s, CPUs {cluster.available().get('CPU')}")
     variants: dict[str, Callable[[int], Measured]] = {"TorchTrainer": bare_job, "raylit": raylit_job}
     with contextlib.suppress(ImportError):
-        import raylit.driver.pool  # noqa: F401
+        import raylit.driver.pool
 
         variants.update({"pool, cold": pooled_job, "pool, warm": pooled_again})
     seen: dict[str, list[Measured]] = {}

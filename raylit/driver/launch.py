@@ -59,7 +59,10 @@ def launch(
     process. Raises what the worker raised, :class:`WorkerLostError` where a worker process died,
     :class:`ResourceError` where the cluster cannot give what is asked, KeyboardInterrupt after Ctrl-C.
     """
+    from raylit.driver.pool import release  # the pool builds on this module
+
     cluster.connect(runtime_env)
+    release()  # workers that an evaluation left hold resources that this run needs
     scaling = merge_scaling(scaling_config, num_workers, use_gpu, resources_per_worker, placement_strategy)
     cluster.check_fits(scaling.min_workers, scaling.resources_per_worker, bool(scaling.use_gpu))
     run = merge_run(run_config, failure_config, name, storage_path, max_failures, runtime_env)
@@ -242,7 +245,7 @@ def lost_error(lost: Mapping[int, BaseException], workers: Mapping[int, tuple[st
     if rank in workers:
         who += f" on node {workers[rank][0]} (process {workers[rank][1]})"
     others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-    reason = str(_death(lost[rank]))
+    reason = str(_death(lost[rank]) or lost[rank])
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     told = next(
         (line for line in lines if "exit" in line.lower() or "memory" in line.lower()), lines[0] if lines else ""

@@ -167,7 +167,7 @@ def redirected(channel: WorkerChannel | None, rank: int) -> Iterator[None]:
         StreamToChannel(channel, rank, "stdout", before[0]),
         StreamToChannel(channel, rank, "stderr", before[1]),
     )
-    sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+    sys.stdout, sys.stderr = streams
     try:
         yield
     finally:

@@ -332,3 +332,36 @@ def test_an_uncaught_exception_is_at_most_15_lines(tmp_path: Path) -> None:
     assert "ValueError: a batch of the wrong shape" in lines
     assert len(lines) <= 15, done.stderr
     assert "/ray/" not in done.stderr
+
+
+# The pool -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pooled(ray_session: None, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    from raylit.driver.pool import launch_pooled, release
+
+    def call(main: Callable[..., bytes], **options: Any) -> Any:
+        job = Job("test", b"", sys_path=(str(HERE), str(ROOT)), working_dir=str(tmp_path))
+        return launch_pooled(job, worker_main=f"{MODULE}:{main.__name__}", **options)
+
+    yield call
+    release()
+
+
+def main_pid(job: Job, world: World, channel: Any) -> bytes:
+    return str(os.getpid()).encode()
+
+
+def test_pooled_workers_are_kept_and_replaced_after_a_failure(pooled: Callable[..., Any]) -> None:
+    events: list[dict[str, Any]] = []
+    assert pooled(main_ranks, num_workers=2).outcome == b"[1.0, 2.0] 0 0 2"
+    first = pooled(main_pid, num_workers=2, on_event=events.append).outcome
+    assert pooled(main_pid, num_workers=2).outcome == first
+    assert sorted(e["rank"] for e in events if e["kind"] == "hello") == [0, 1]
+    with pytest.raises(ValueError, match="wrong shape") as caught:
+        pooled(main_raises, num_workers=2)
+    assert "worker 1" in caught.value.__dict__["__notes__"][0] if sys.version_info >= (3, 11) else True
+    with pytest.raises(WorkerLostError, match="worker 1"):
+        pooled(main_killed, num_workers=2)
+    assert pooled(main_pid, num_workers=2).outcome != first

@@ -1,0 +1,194 @@
+"""Evaluation on plain Ray actors that are kept for the next one. Runs on the driver; imports Ray inside functions only.
+
+Ray Train starts six processes for each run and ends them after it. An evaluation needs neither its controller nor its
+checkpoints, and a script that fits, tests and predicts should not pay for them three times. The actors go when another
+shape of workers is asked for, after a minute unused, before the next fit, after any failure, and with the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from raylit.driver import cluster
+from raylit.driver.launch import DEFAULT_WORKER_MAIN, Launched, OnEvent, lost_error, open_channel
+from raylit.wire import Job, World
+from raylit.worker.failure import WorkerFailed, bare, first_cause, is_consequence, rebuild
+
+IDLE_RELEASE_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    key: tuple[Any, ...]
+    group: Any  # ray PlacementGroup
+    actors: tuple[Any, ...]  # in order of rank
+    worlds: tuple[World, ...]
+
+
+_lock = threading.RLock()
+_kept: list[_Pool] = []
+_timer: list[threading.Timer] = []
+
+
+def launch_pooled(
+    job: Job,
+    *,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    resources_per_worker: Mapping[str, float] | None = None,
+    placement_strategy: str = "PACK",
+    runtime_env: Mapping[str, Any] | None = None,
+    worker_main: str = DEFAULT_WORKER_MAIN,
+    on_event: OnEvent | None = None,
+) -> Launched:
+    """As :func:`raylit.driver.launch.launch`, without Ray Train: ``result`` is None. Same errors, prints, Ctrl-C."""
+    cluster.connect(runtime_env)
+    asked = cluster.per_worker(resources_per_worker, use_gpu)
+    key = (num_workers, tuple(sorted(asked.items())), placement_strategy, repr(runtime_env), job.working_dir)
+    error: BaseException
+    with _lock, open_channel(on_event) as channel:
+        _stop_timer()
+        sent = dataclasses.replace(job, channel=channel.address if channel else None)
+        try:
+            pool = _ready(key, asked, runtime_env)
+            refs = [
+                actor.run.remote(sent, world, worker_main)
+                for actor, world in zip(pool.actors, pool.worlds, strict=True)
+            ]
+            outcome = _await(refs)
+            _start_timer()
+            return Launched(outcome=outcome, result=None)
+        except BaseException as raised:
+            # The process group is broken or half way through a collective: these workers cannot be used again.
+            release()
+            error = KeyboardInterrupt() if isinstance(raised, KeyboardInterrupt) else raised
+            if isinstance(raised, _Failed):
+                error = _callers_error(raised.errors, channel.workers if channel else {})
+    raise bare(error)
+
+
+def release() -> None:
+    """End the kept workers and give their resources back; nothing where there are none."""
+    import ray
+    from ray.util import remove_placement_group
+
+    with _lock:
+        _stop_timer()
+        while _kept:
+            pool = _kept.pop()
+            # The connection may be gone already (ray.shutdown): then so are the workers.
+            with contextlib.suppress(Exception):
+                for actor in pool.actors:
+                    ray.kill(actor)
+                remove_placement_group(pool.group)
+
+
+def _ready(key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[str, Any] | None) -> _Pool:
+    """The kept pool where it has the same shape and is alive, else a new one."""
+    import ray
+
+    if _kept and _kept[0].key == key:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get([actor.place.remote() for actor in _kept[0].actors])
+            return _kept[0]
+    release()
+    cluster.check_fits(key[0], asked, use_gpu=False)
+    return _start(key, asked, runtime_env)
+
+
+def _start(key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[str, Any] | None) -> _Pool:
+    import ray
+    from ray.util import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from raylit.worker.pooled import PooledWorker
+
+    group = placement_group([dict(asked)] * key[0], strategy=key[2])
+    try:
+        while not group.wait(timeout_seconds=5):  # in pieces, so that Ctrl-C is heard while others hold the resources
+            continue
+        named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        options: dict[str, Any] = {"num_cpus": 0, **{named[k]: v for k, v in asked.items() if k in named}}
+        options["resources"] = {k: v for k, v in asked.items() if k not in named}
+        if runtime_env:
+            options["runtime_env"] = dict(runtime_env)
+        actors = [
+            ray.remote(PooledWorker)
+            .options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index), **options)
+            .remote()
+            for index in range(key[0])
+        ]
+        actors, worlds, host = _ranked(actors, ray.get([actor.place.remote() for actor in actors]))
+        _kept.append(_Pool(key, group, tuple(actors), tuple(worlds)))
+        master = (host, ray.get(actors[0].free_port.remote()))
+        backend = "nccl" if asked.get("GPU") else "gloo"
+        ray.get([a.join.remote(w, master, backend) for a, w in zip(actors, worlds, strict=True)])
+        return _kept[-1]
+    except BaseException:
+        if not _kept:
+            ray.util.remove_placement_group(group)
+        raise
+
+
+def _ranked(actors: list[Any], places: list[tuple[str, str, str]]) -> tuple[list[Any], list[World], str]:
+    """Ranks node by node, in the order in which the nodes first appear; also the address of rank 0."""
+    nodes = list(dict.fromkeys(node for node, _, _ in places))
+    order = sorted(range(len(actors)), key=lambda i: nodes.index(places[i][0]))
+    sizes, used = Counter(node for node, _, _ in places), Counter[str]()
+    worlds = []
+    for rank, index in enumerate(order):
+        node, name, _ = places[index]
+        worlds.append(World(rank, used[node], nodes.index(node), len(actors), sizes[node], name))
+        used[node] += 1
+    return [actors[i] for i in order], worlds, places[order[0]][2]
+
+
+class _Failed(Exception):
+    """Some workers failed: rank -> what Ray raised for it."""
+
+    def __init__(self, errors: dict[int, BaseException]) -> None:
+        super().__init__("workers failed")
+        self.errors = errors
+
+
+def _await(refs: list[Any]) -> bytes:
+    """Rank 0's bytes once all are done; at the first failure stop waiting for the others."""
+    import ray
+
+    pending, errors = list(refs), dict[int, BaseException]()
+    while pending and not errors:
+        done, pending = ray.wait(pending, num_returns=1, timeout=1.0)
+        for ref in done:
+            try:
+                ray.get(ref)
+            except Exception as raised:
+                errors[refs.index(ref)] = raised
+    if errors:
+        raise _Failed(errors)
+    return bytes(ray.get(refs[0]))
+
+
+def _callers_error(errors: Mapping[int, BaseException], workers: Mapping[int, tuple[str, int]]) -> BaseException:
+    causes = {rank: getattr(e, "cause", None) or e for rank, e in errors.items()}
+    packed = [c.failure for c in causes.values() if isinstance(c, WorkerFailed)]
+    lost = {rank: c for rank, c in causes.items() if not isinstance(c, WorkerFailed)}
+    if packed and not (lost and all(map(is_consequence, packed))):
+        return rebuild(first_cause(packed))
+    return lost_error(lost, workers)
+
+
+def _start_timer() -> None:
+    timer = threading.Timer(IDLE_RELEASE_S, release)
+    timer.daemon = True
+    timer.start()
+    _timer.append(timer)
+
+
+def _stop_timer() -> None:
+    while _timer:
+        _timer.pop().cancel()
