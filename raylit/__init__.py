@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from raylit.callback import Callback
+from raylit.checkpoint import build_from_checkpoint
 from raylit.datamodule import DataModule
 from raylit.module import Module
 from raylit.seed import seed_everything
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from raylit import loggers, profilers, strategies
 
 __version__ = "0.1.0"
+
+Module._build_from_checkpoint = staticmethod(build_from_checkpoint)
 
 LightningModule = Module
 LightningDataModule = DataModule

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from raylit.callback import Callback
 from raylit.checkpoint import apply, collect, load_weights
-from raylit.collective import LocalCollective
 from raylit.config.amounts import check_precision
 from raylit.config.trainer import TrainerConfig
 from raylit.data.batch import batch_size_of, split_time, to_device
@@ -37,6 +36,7 @@ from raylit.precision import make_precision
 from raylit.seed import seed_everything, set_random_state
 from raylit.stage import Stage
 from raylit.strategies import DDP, SingleDevice
+from raylit.strategies.collective import LocalCollective
 from raylit.view import RunState, TrainerView, WorkerTrainer
 from raylit.wire import Job, World
 from raylit.worker.loaders import Loaders
@@ -223,7 +223,7 @@ def bind_transfer(module: Module, device: torch.device, precision: Precision) ->
     return transfer
 
 
-class torch_settings:  # noqa: N801  a context manager, named as one
+class torch_settings:
     """Deterministic algorithms and cudnn's benchmark as the Trainer says, for the length of a run."""
 
     def __init__(self, deterministic: bool | str, benchmark: bool | None) -> None:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class Module(HyperparametersMixin, nn.Module):
     example_input_array: Any = None
     prepare_data_per_node: bool = False
     _run: ModuleRun | None = None
+    # Reads checkpoints for load_from_checkpoint; the package's root puts it here, since it stands a floor above.
+    _build_from_checkpoint: ClassVar[Callable[..., Any]]
 
     # == the steps ===============================================================================================
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +156,7 @@ class Module(HyperparametersMixin, nn.Module):
         """Step the optimizer; the gradients are there already. An override is given any subset of these, by name."""
         if callable(optimizer_idx):  # Lightning 2.x's order: (epoch, batch_idx, optimizer, optimizer_closure)
             optimizer_idx, optimizer_closure = None, optimizer_idx
-        optimizer.step(closure=optimizer_closure)  # type: ignore[arg-type]
+        optimizer.step(closure=optimizer_closure)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any) -> None:
         """Clear the gradients after a step; may also name ``optimizer_idx``."""
@@ -279,9 +281,7 @@ class Module(HyperparametersMixin, nn.Module):
 
         ``checkpoint_path``: the file, its folder, a Ray ``Checkpoint``, or a Lightning file.
         """
-        from raylit.restore import build_from_checkpoint  # here: it knows Module itself
-
-        return build_from_checkpoint(cls, checkpoint_path, map_location, strict, hparams_file, kwargs)
+        return cls._build_from_checkpoint(cls, checkpoint_path, map_location, strict, hparams_file, kwargs)
 
     # == where it runs ===========================================================================================
     @property
@@ -337,7 +337,7 @@ class Module(HyperparametersMixin, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters lie."""
-        first = next(self.parameters(), None)
+        first: Tensor | None = next(self.parameters(), None)
         if first is None:
             first = next(self.buffers(), None)
         return torch.device("cpu") if first is None else first.device

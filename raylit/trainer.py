@@ -68,13 +68,15 @@ class Trainer(TrainerView):
                  **unknown: Any) -> list[dict[str, float]]:  # fmt: skip
         """Run the validation loop; return a dict of metrics for each dataloader."""
         refuse_unknown("validate", unknown, _arguments(Trainer.validate))
-        return self._evaluate(Stage.VALIDATE, model, dataloaders, datamodule, ckpt_path)
+        metrics: list[dict[str, float]] = self._evaluate(Stage.VALIDATE, model, dataloaders, datamodule, ckpt_path)
+        return metrics
 
     def test(self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None,
              **unknown: Any) -> list[dict[str, float]]:  # fmt: skip
         """Run the test loop, each sample exactly once; return a dict of metrics for each dataloader."""
         refuse_unknown("test", unknown, _arguments(Trainer.test))
-        return self._evaluate(Stage.TEST, model, dataloaders, datamodule, ckpt_path)
+        metrics: list[dict[str, float]] = self._evaluate(Stage.TEST, model, dataloaders, datamodule, ckpt_path)
+        return metrics
 
     def predict(self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None,
                 **unknown: Any) -> list[Any]:  # fmt: skip

@@ -23,6 +23,8 @@ from raylit.stage import Status
 if TYPE_CHECKING:
     from raylit.assemble import RunOutcome, RunSpec
 
+# A lazy layer's tensors before its first batch: they have no shape yet.
+_Uninitialized = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 # What nn.Module itself keeps in __dict__: tensors travel apart, hooks and handles belong to one process.
 _OWN = frozenset(nn.Module().__dict__) - {"training"} | {"_run", "trainer"}
 
@@ -145,7 +147,7 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [
         (name, tensor)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if not isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+        if not isinstance(tensor, _Uninitialized)
     ]
 
 

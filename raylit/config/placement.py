@@ -6,6 +6,7 @@ Ray is imported only where an object of Ray's was given, to tell whether it is t
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -170,9 +171,8 @@ def _check_ray_object(argument: str, value: object, class_name: str) -> None:
     expected = f"expected a ray.train.{class_name}"
     if not type(value).__module__.startswith("ray.") or isinstance(value, type):
         refuse(argument, value, expected)
-    import ray.train  # its object is here, so Ray is loaded already
-
-    if not isinstance(value, getattr(ray.train, class_name)):
+    # Ray is loaded, since its object is here; it is looked up, not imported: this floor knows no Ray.
+    if not isinstance(value, getattr(sys.modules["ray.train"], class_name)):
         origin = f"{type(value).__module__}.{type(value).__qualname__}"
         raise ConfigError(f"Trainer({argument}=...) is a {origin}, {expected}.")
 

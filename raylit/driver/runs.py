@@ -197,7 +197,9 @@ def merge_callbacks(trainer: Trainer, model: Module) -> list[Callback]:
     own = [own] if isinstance(own, Callback) else list(own)
     for callback in own:
         if not isinstance(callback, Callback):
-            raise HookError(f"configure_callbacks returned a {type(callback).__name__}; it must be raylit.Callback objects")
+            raise HookError(
+                f"configure_callbacks returned a {type(callback).__name__}; it must be raylit.Callback objects"
+            )
     kept = [c for c in trainer._config.fit.callbacks if type(c) not in {type(o) for o in own}]
     return kept + own
 
@@ -261,7 +263,7 @@ def load_checkpoint(path: Any) -> dict[str, Any] | None:
     return read(path)
 
 
-class shown:  # noqa: N801  a context manager, named as one
+class shown:
     """The display of one call; turns Ctrl-C into one line and an exit code."""
 
     def __init__(self, trainer: Trainer, first: bool = False) -> None:

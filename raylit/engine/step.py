@@ -116,8 +116,9 @@ class TrainBatch:
             output = self._forward(split, batch_idx, index, hiddens)
             self.loss = loss_of(output) if isinstance(output, (Tensor, dict)) and _has_loss(output) else None
             return output
-        if not last_of_group and self._no_sync is not None:
-            with self._no_sync():
+        context = self._no_sync() if self._no_sync is not None and not last_of_group else None
+        if context is not None:
+            with context:
                 output = self._pass(split, batch_idx, index, hiddens)
         else:
             output = self._pass(split, batch_idx, index, hiddens)
@@ -212,7 +213,7 @@ class TrainBatch:
 
         def step() -> Any:
             if self._step_override is None:
-                return optimizer.step(closure)
+                return optimizer.step(closure)  # type: ignore[arg-type]
             return self._step_override(
                 self._state.epoch, batch_idx, optimizer, index, closure, False, self._scaled, lbfgs
             )
@@ -228,8 +229,9 @@ class TrainBatch:
         self._zero_grad(optimizer, batch_idx, index)
         total: Tensor | None = None
         for position, given in enumerate(passes):
-            if position + 1 < len(passes) and self._no_sync is not None:
-                with self._no_sync():
+            context = self._no_sync() if self._no_sync is not None and position + 1 < len(passes) else None
+            if context is not None:
+                with context:
                     self._pass(*given)
             else:
                 self._pass(*given)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from raylit.collective import TorchCollective
 from raylit.ports import Collective
+from raylit.strategies.collective import TorchCollective
 from raylit.strategies.syncbn import replace_batchnorm
 
 _BUCKET_BYTES = 25 * 1024 * 1024  # as torch DDP's default bucket
@@ -57,7 +57,7 @@ class DDP:
             if self.device.type == "cpu":
                 replace_batchnorm(module)
             else:
-                nn.SyncBatchNorm.convert_sync_batchnorm(module)
+                nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         for tensor in [*module.parameters(), *module.buffers()]:
             # setup() or configure_model() may have drawn weights from each rank's own random state.
             dist.broadcast(tensor.detach(), src=0)

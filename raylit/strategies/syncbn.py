@@ -9,7 +9,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.nn.functional import all_reduce as _all_reduce
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum over the workers; the gradient is summed too."""
+    summed: Tensor = _all_reduce(tensor)  # type: ignore[no-untyped-call]
+    return summed
 
 
 class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
@@ -38,7 +44,8 @@ class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
         out = centred * torch.rsqrt(variance.view(shape) + self.eps)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out
+        normalised: Tensor = out
+        return normalised
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from torch.utils.data import DataLoader, RandomSampler
+
 from raylit.data.loader import prepare_all, prepare_train
+from raylit.data.rebuild import rebuilt
 from raylit.datamodule import DataModule
-from raylit.errors import DataError
 from raylit.hooks import overridden
 from raylit.module import Module
 from raylit.ports import LoaderLike
@@ -58,14 +60,9 @@ class Loaders:
 
 def in_order(source: Any) -> Any:
     """Return a loader that walks the same data set without shuffling: ``overfit_batches`` wants the same batches."""
-    from torch.utils.data import DataLoader, RandomSampler
-
     if not isinstance(source, DataLoader) or not isinstance(getattr(source, "sampler", None), RandomSampler):
         return source
-    if type(source) is not DataLoader:
-        raise DataError("overfit_batches needs a loader that does not shuffle; pass one with shuffle=False")
-    return DataLoader(
-        source.dataset, batch_size=source.batch_size, shuffle=False, collate_fn=source.collate_fn,
-        num_workers=source.num_workers, pin_memory=source.pin_memory, drop_last=source.drop_last,
-        timeout=source.timeout, worker_init_fn=source.worker_init_fn,
+    return rebuilt(
+        source, "train_dataloader", dataset=source.dataset, batch_size=source.batch_size,
+        drop_last=source.drop_last, shuffle=False,
     )  # fmt: skip

@@ -25,9 +25,9 @@ FLOORS: dict[str, int] = {
     # 1: contracts; torch, never ray
     "ports": 1, "view": 1, "hooks": 1, "module": 1, "datamodule": 1, "callback": 1, "seed": 1, "hparams": 1,
     # 2: parts; siblings do not import each other
-    "optim": 2, "metrics": 2, "data": 2, "precision": 2, "strategies": 2, "collective": 2,
+    "optim": 2, "metrics": 2, "data": 2, "precision": 2, "strategies": 2,
     "checkpoint": 2, "callbacks": 2,
-    "loggers": 2, "profilers": 2, "display": 2, "summary": 2, "export": 2, "plots": 2, "restore": 2,
+    "loggers": 2, "profilers": 2, "display": 2, "summary": 2, "export": 2, "plots": 2,
     # 3: the engine
     "engine": 3,
     # 4: worker side

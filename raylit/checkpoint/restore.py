@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from raylit import checkpoint as ckpt
+from raylit.checkpoint.content import load_weights, read
 from raylit.errors import CheckpointError
 
 
@@ -14,7 +14,7 @@ def build_from_checkpoint(
     cls: type[Any], path: Any, map_location: Any, strict: bool, hparams_file: str | Path | None, overrides: dict[str, Any]
 ) -> Any:
     """Return ``cls(**hyperparameters)`` with the checkpoint's weights, in evaluation-neutral mode (as constructed)."""
-    checkpoint = ckpt.read(path, map_location or "cpu")
+    checkpoint = read(path, map_location or "cpu")
     params = dict(checkpoint.get("hyper_parameters") or {})
     if hparams_file is not None:
         import yaml
@@ -39,5 +39,5 @@ def build_from_checkpoint(
     hook = getattr(module, "on_load_checkpoint", None)
     if hook is not None:
         hook(checkpoint)
-    ckpt.load_weights(checkpoint, module, strict)
+    load_weights(checkpoint, module, strict)
     return module
