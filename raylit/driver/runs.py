@@ -107,7 +107,7 @@ def _fit_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> Loca
 
 # -- on Ray ----------------------------------------------------------------------------------------------------------
 def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folder: str | None) -> Any:
-    from raylit.driver import cluster
+    from raylit.driver import cluster, pool
     from raylit.driver.launch import launch
 
     placement = trainer._config.placement
@@ -121,12 +121,19 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
         sys_path=tuple(entry for entry in sys.path if entry),
         working_dir=os.getcwd(),
     )
+    where: dict[str, Any] = {
+        "num_workers": placement.num_workers,
+        "use_gpu": bool(use_gpu),
+        "resources_per_worker": placement.resources_per_worker,
+        "runtime_env": placement.runtime_env,
+        "on_event": display.event,
+    }
+    if spec.stage is not Stage.FIT:
+        # No checkpoint, no restart: plain actors do, which start sooner and are kept for the next evaluation.
+        return pool.launch_pooled(job, placement_strategy=placement.placement_strategy or "PACK", **where)
     storage, name = folders.split(run_folder) if run_folder is not None else folders.temporary(spec.stage)
     return launch(
         job,
-        num_workers=placement.num_workers,
-        use_gpu=bool(use_gpu),
-        resources_per_worker=placement.resources_per_worker,
         placement_strategy=placement.placement_strategy,
         scaling_config=placement.scaling_config,
         run_config=placement.run_config,
@@ -134,8 +141,7 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
         name=name,
         storage_path=storage,
         max_failures=placement.max_failures,
-        runtime_env=placement.runtime_env,
-        on_event=display.event,
+        **where,
     )
 
 

@@ -86,7 +86,8 @@ class RunOutput:
         values = _finite({name: float(value) for name, value in metrics.items()})
         if loop is Loop.TRAIN:
             merged = {name: float(value) for name, value in state.callback_metrics.items() if value.numel() == 1}
-            self._event({"kind": "epoch_end", "epoch": state.epoch, "values": _finite({**merged, **values}),
+            shown = _once({**merged, **values})
+            self._event({"kind": "epoch_end", "epoch": state.epoch, "values": _finite(shown),
                          "seconds": time.perf_counter() - self._epoch_started, "batches": state.batch_idx + 1})  # fmt: skip
             return
         event: dict[str, Any] = {"kind": "loop_end", "loop": loop.value, "values": values}
@@ -153,6 +154,15 @@ class RunOutput:
         """Close the loggers."""
         for logger in self._loggers:
             logger.finalize(status)
+
+
+def _once(values: Mapping[str, float]) -> dict[str, float]:
+    """Leave out a key's other names: logged both ways, ``loss`` is also ``loss_epoch`` and ``loss_step``."""
+    return {
+        name: value
+        for name, value in values.items()
+        if not any(name.endswith(end) and name.removesuffix(end) in values for end in ("_epoch", "_step"))
+    }
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
