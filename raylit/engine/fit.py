@@ -95,7 +95,9 @@ class Fit:
         torch.autograd.set_detect_anomaly(previous or parts.settings.detect_anomaly)
         try:
             while not self._done():
-                self._epoch()
+                outputs = self._begin_epoch()
+                self._batches(outputs)
+                self._end_epoch(outputs)
         finally:
             torch.autograd.set_detect_anomaly(previous)
         parts.metrics.place = NO_EPOCH
@@ -151,7 +153,7 @@ class Fit:
         state.loop = None
 
     # -- one epoch -----------------------------------------------------------------------------------------------
-    def _epoch(self) -> None:
+    def _begin_epoch(self) -> EpochOutputs | None:
         parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
         settings = parts.settings
         if settings.reload_dataloaders_every_n_epochs and state.epoch and state.epoch % settings.reload_dataloaders_every_n_epochs == 0:
@@ -164,10 +166,12 @@ class Fit:
         parts.output.epoch_start(state, self._total)
         self._call("on_epoch_start")
         self._call("on_train_epoch_start")
-        outputs = None
-        if parts.hooks.wants_epoch_outputs:
-            outputs = EpochOutputs(self._train.lanes, bool(self._split_size()))
-        self._batches(outputs)
+        if not parts.hooks.wants_epoch_outputs:
+            return None
+        return EpochOutputs(self._train.lanes, bool(self._split_size()))
+
+    def _end_epoch(self, outputs: EpochOutputs | None) -> None:
+        parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
         metrics.place = EPOCH_TRAIN
         collected = None if outputs is None else outputs.result()
         if self._epoch_end is not None:

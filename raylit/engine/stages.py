@@ -46,7 +46,20 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
     state.stage, state.status, state.stop_requested = stage, Status.RUNNING, False
     parts.metrics.place = NO_EPOCH
     try:
-        result = _staged(parts, stage, handle)
+        if stage is Stage.FIT:
+            _event(parts, "on_fit_start")
+        _prepare_data(parts)
+        _setup(parts, stage)
+        if stage is Stage.FIT:
+            if not module.training:
+                module.train()  # else each submodule keeps the mode the person gave it
+            Fit(parts, handle).run()
+            result = StageResult()
+        else:
+            result = _evaluate(parts, stage)
+        _teardown(parts, stage)
+        if stage is Stage.FIT:
+            _event(parts, "on_fit_end")
         state.status = Status.FINISHED
         return result
     except BaseException as error:
@@ -63,33 +76,6 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
         if parts.datamodule is not None:
             parts.datamodule.__dict__.pop("trainer", None)
         parts.output.flush()
-
-
-def _staged(parts: Parts, stage: Stage, handle: ModuleHandle) -> StageResult:
-    fitting = stage is Stage.FIT
-    if fitting:
-        _event(parts, "on_fit_start")
-    _prepare_data(parts)
-    _setup(parts, stage)
-    # The optimizers must see the parameters where they will stay.
-    parts.precision.convert_module(parts.module)
-    parts.strategy.setup_module(parts.module)
-    if fitting:
-        if not parts.module.training:
-            parts.module.train()  # else each submodule keeps the mode the person gave it
-        Fit(parts, handle).run()
-        result = StageResult()
-    else:
-        result = _evaluate(parts, stage)
-    if parts.datamodule is not None:
-        parts.datamodule.teardown(stage.value)
-    _event(parts, "teardown", stage.value)
-    own = parts.hooks.own("teardown")
-    if own is not None:
-        own(stage.value)
-    if fitting:
-        _event(parts, "on_fit_end")
-    return result
 
 
 def _prepare_data(parts: Parts) -> None:
@@ -113,6 +99,18 @@ def _setup(parts: Parts, stage: Stage) -> None:
     configure = parts.hooks.own("configure_model")
     if configure is not None:
         configure()
+    # The optimizers must see the parameters where they will stay.
+    parts.precision.convert_module(parts.module)
+    parts.strategy.setup_module(parts.module)
+
+
+def _teardown(parts: Parts, stage: Stage) -> None:
+    if parts.datamodule is not None:
+        parts.datamodule.teardown(stage.value)
+    _event(parts, "teardown", stage.value)
+    own = parts.hooks.own("teardown")
+    if own is not None:
+        own(stage.value)
 
 
 def _evaluate(parts: Parts, stage: Stage) -> StageResult:

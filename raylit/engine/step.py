@@ -13,7 +13,8 @@ it with None and goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -41,10 +42,14 @@ class TrainBatch:
         manual = not parts.module.automatic_optimization
         step, step_end = own("training_step"), own("training_step_end")
         assert step is not None  # refused long before
+        step = step if step_end is None else _then(step, step_end)
         self._step = parts.strategy.wrap_training_step(
-            parts.module, step if step_end is None else _then(step, step_end), optimizers=len(plan.optimizers), manual=manual
+            parts.module, step, optimizers=len(plan.optimizers), manual=manual
         )
-        self._forward_context = parts.precision.forward_context
+        # The common training_step(self, batch, batch_idx), called without anything in between.
+        self._bare_step = parts.hooks.exact("training_step", 2) if self._step is own("training_step") else None
+        autocast = parts.precision.forward_context
+        self._autocast = None if autocast() is None else autocast
         self._no_sync = parts.strategy.no_sync if parts.state.world.world_size > 1 else None
         self._end_group = parts.strategy.end_group if parts.state.world.world_size > 1 else None
         self._scaled = parts.precision.scaled
@@ -54,10 +59,11 @@ class TrainBatch:
         self._step_override, self._zero_override = own("optimizer_step"), own("optimizer_zero_grad")
         self._clip_override = own("configure_gradient_clipping")
         self._clip_val, self._clip_algorithm = parts.settings.gradient_clip_val, parts.settings.gradient_clip_algorithm
-        self._manual, self._forward_only = manual, not plan.optimizers
         # One call of training_step a batch where nothing, or the person, steps; else one for each optimizer.
-        self._everyone = (0,) if manual or not plan.optimizers else tuple(range(len(plan.optimizers)))
-        self._toggle = Toggle(plan.optimizers, parts.module.parameters()) if len(plan.optimizers) > 1 and not manual else None
+        self._steps = bool(plan.optimizers) and not manual
+        self._everyone = tuple(range(len(plan.optimizers))) if self._steps else (0,)
+        several = self._steps and len(plan.optimizers) > 1
+        self._toggle = Toggle(plan.optimizers, parts.module.parameters()) if several else None
         self._closures = [self._step_override is not None or needs_closure(o) for o in plan.optimizers]
         self._split_size = split_size
         self._split = (own("tbptt_split_batch") or parts.split_time) if split_size else None
@@ -74,60 +80,38 @@ class TrainBatch:
     def run(self, batch: Any, batch_idx: int, last_of_group: bool) -> list[list[Any]] | None:
         """Train on one batch; return for each optimizer its splits' outputs, or None where nobody asks for them."""
         self.stepped = []
-        plan = self._plan
+        plan, toggle = self._plan, self._toggle
         active = active_optimizers(plan, self.groups_done) if plan.frequencies else self._everyone
-        if self._split is None and not self._keep and self._toggle is None:
-            self._one(batch, batch_idx, active[0], None, last_of_group)
-            collected = None
-        else:
-            collected = self._splits(batch, batch_idx, active, last_of_group)
-        if last_of_group:
-            self.groups_done += 1
-        return collected
-
-    def _splits(self, batch: Any, batch_idx: int, active: tuple[int, ...], last_of_group: bool) -> list[list[Any]]:
-        collected: list[list[Any]] = [[] for _ in self._everyone]
-        if self._split is None:
-            splits = [batch]
-        else:
+        collected: list[list[Any]] | None = [[] for _ in self._everyone] if self._keep else None
+        splits: Sequence[Any] = (batch,)
+        hiddens: Any = None
+        if self._split is not None:
             splits = self._split(batch, self._split_size)
             self._metrics.place = SPLIT_TRAIN
-        hiddens: Any = None
         for split in splits:
             given = hiddens
             for index in active:
-                if self._toggle is not None:
-                    self._toggle.toggle(index)
+                if toggle is not None:
+                    toggle.toggle(index)
                 try:
-                    output = self._one(split, batch_idx, index, given, last_of_group)
+                    output = self._pass(split, batch_idx, index, given, last_of_group)
+                    if self._steps:
+                        if self._closures[index] and self.loss is not None:
+                            self._group[index].append((split, batch_idx, index, given))
+                            self._objective[index] = self._add(self._objective[index])
+                        if last_of_group:
+                            self._finish_group(batch_idx, index)
                 finally:
-                    if self._toggle is not None:
-                        self._toggle.restore()
-                if self._keep and output is not None:
+                    if toggle is not None:
+                        toggle.restore()
+                if collected is not None and output is not None:
                     collected[index].append(kept(output))
                 if self._split is not None and isinstance(output, dict) and "hiddens" in output:
                     hiddens = detached(output["hiddens"])
         self._metrics.place = BATCH_TRAIN
-        return collected
-
-    def _one(self, split: Any, batch_idx: int, index: int, hiddens: Any, last_of_group: bool) -> Any:
-        """One pass and, where the group is done, the step of one optimizer; return the step's output."""
-        if self._forward_only or self._manual:
-            output = self._forward(split, batch_idx, index, hiddens)
-            self.loss = loss_of(output) if isinstance(output, (Tensor, dict)) and _has_loss(output) else None
-            return output
-        context = self._no_sync() if self._no_sync is not None and not last_of_group else None
-        if context is not None:
-            with context:
-                output = self._pass(split, batch_idx, index, hiddens)
-        else:
-            output = self._pass(split, batch_idx, index, hiddens)
-        if self._closures[index] and self.loss is not None:
-            self._group[index].append((split, batch_idx, index, hiddens))
-            self._objective[index] = self._add(self._objective[index])
         if last_of_group:
-            self._finish_group(batch_idx, index)
-        return output
+            self.groups_done += 1
+        return collected
 
     def drop_group(self) -> None:
         """Forget the accumulation group that is not done: the epoch ends here."""
@@ -138,16 +122,26 @@ class TrainBatch:
         self._group, self._objective = [[] for _ in self._everyone], [None for _ in self._everyone]
 
     # -- the pass ------------------------------------------------------------------------------------------------
-    def _forward(self, split: Any, batch_idx: int, index: int, hiddens: Any) -> Any:
-        context = self._forward_context()
-        if context is None:
-            return self._step(split, batch_idx, index, hiddens)
-        with context:
-            return self._step(split, batch_idx, index, hiddens)
+    def _pass(self, split: Any, batch_idx: int, index: int, hiddens: Any, sync: bool) -> Any:
+        """Forward and backward of one split for one optimizer. ``self.loss`` is None where the batch was skipped.
 
-    def _pass(self, split: Any, batch_idx: int, index: int, hiddens: Any) -> Any:
-        """Forward and backward of one split for one optimizer. ``self.loss`` is None where the batch was skipped."""
-        output = self._forward(split, batch_idx, index, hiddens)
+        ``sync``: the gradients are averaged over the workers; not before the last batch of a group.
+        """
+        if not sync and self._no_sync is not None:
+            context = self._no_sync()
+            if context is not None:
+                with context:
+                    return self._pass(split, batch_idx, index, hiddens, True)
+        if self._autocast is not None:
+            with self._autocast() or nullcontext():
+                output = self._step(split, batch_idx, index, hiddens)
+        elif self._bare_step is not None:
+            output = self._bare_step(split, batch_idx)
+        else:
+            output = self._step(split, batch_idx, index, hiddens)
+        if not self._steps:
+            self.loss = loss_of(output) if isinstance(output, (Tensor, dict)) and _has_loss(output) else None
+            return output
         loss = output if type(output) is Tensor else loss_of(output)
         self.loss = loss
         if loss is None:
@@ -229,12 +223,7 @@ class TrainBatch:
         self._zero_grad(optimizer, batch_idx, index)
         total: Tensor | None = None
         for position, given in enumerate(passes):
-            context = self._no_sync() if self._no_sync is not None and position + 1 < len(passes) else None
-            if context is not None:
-                with context:
-                    self._pass(*given)
-            else:
-                self._pass(*given)
+            self._pass(*given, position + 1 == len(passes))
             total = self._add(total)
         if self._scaled:
             self._precision.unscale(optimizer)

@@ -27,12 +27,17 @@ class HookTable:
         self._own: dict[str, Hook | None] = {}
         self._shared: dict[str, Hook | None] = {}
         self._wants_outputs = False
+        self._exact: dict[str, Hook] = {}
+        self._counts: dict[str, int] = {}
         self._named: dict[str, set[str]] = {}  # arguments that the Module's overrides ask for by name
         name_of = type(module).__name__
         for name, spec in MODULE_HOOKS.items():
             function = getattr(module, name, None) if overridden(module, name, module_base) else None
             self._own[name] = None if function is None else adapt(spec, function, name_of)
-            self._named[name] = set() if function is None else set(check_signature(spec, function, name_of)[1])
+            picks, named, _ = ([], {}, False) if function is None else check_signature(spec, function, name_of)
+            self._named[name] = set(named)
+            if function is not None and not named and picks == list(range(len(picks))):
+                self._exact[name], self._counts[name] = function, len(picks)
         self._wants_outputs |= "outputs" in self._named["on_train_epoch_end"]
         for name, spec in CALLBACK_HOOKS.items():
             chain: list[Hook] = []
@@ -59,6 +64,10 @@ class HookTable:
         It returns -1 if any of them returned -1, which ends the epoch in ``on_train_batch_start``.
         """
         return self._shared[name]
+
+    def exact(self, hook: str, count: int) -> Hook | None:
+        """The Module's override itself, where it takes just the first ``count`` arguments; else None."""
+        return self._exact.get(hook) if self._counts.get(hook) == count else None
 
     def names(self, hook: str, argument: str) -> bool:
         """True where the Module's override of ``hook`` asks for ``argument`` by name."""
