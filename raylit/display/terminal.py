@@ -20,7 +20,8 @@ from raylit.display import text
 from raylit.display.bar import BarPainter, BarState
 from raylit.display.live import LiveLine, is_terminal
 
-_REDRAW_S = 0.1  # at most ten rows a second; one costs about 0.3 ms of this process
+_REDRAW_S = 0.1  # at most ten rows a second; one costs about 0.1 ms of this process
+_QUIET_START_S = 1.0  # a sanity check shorter than this has no bar: loading rich would hold up the first step
 _log = logging.getLogger(__name__)
 
 
@@ -83,6 +84,7 @@ class TerminalDisplay:
         self._epoch: int | None = None
         self._epoch_batches: int | None = None
         self._train = BarState("train", None, 0, None, None)
+        self._began_at = time.monotonic()
         self._drawn_at = 0.0
         self._meter: tuple[str, int, float] | None = None  # loop, batch and time since when the rate is measured
         self._seen_batches: dict[str, int] = {}
@@ -118,6 +120,8 @@ class TerminalDisplay:
             self._train, self._epoch = state, event["epoch"]
         elif self._stage == "fit" and not state.values:
             state = BarState(loop, state.epoch_name, batch, total, state.rate, self._train.values)
+        if loop == "sanity" and self._live is None and now - self._began_at < _QUIET_START_S:
+            return
         if now - self._drawn_at >= _REDRAW_S or batch == total:
             self._draw(state, now)
 

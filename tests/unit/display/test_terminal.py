@@ -370,6 +370,8 @@ def test_a_bar_costs_no_import_before_it_is_drawn() -> None:
     code = (
         "import sys; from raylit.display import TerminalDisplay as T; d = T();"
         "d.event({'kind': 'fit_start', 'stage': 'fit'}); d.event({'kind': 'note', 'text': ''});"
+        "sys.stdout.isatty = lambda: True; d.event({'kind': 'fit_start', 'stage': 'fit'});"
+        "d.event({'kind': 'progress', 'loop': 'sanity', 'epoch': 0, 'batch': 1, 'total': 2, 'values': {}});"
         "assert not any(name.split('.')[0] == 'rich' for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
