@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class ModuleHandle:
         """Hand over the optimizers of the fit."""
         self._plan, self._train = plan, train
         manual = not self._parts.module.automatic_optimization
-        self._managed = [_managed(o, self) for o in plan.optimizers] if manual else list(plan.optimizers)
+        self._managed = [_managed(o, self, i) for i, o in enumerate(plan.optimizers)] if manual else list(plan.optimizers)
         self._toggle = Toggle(plan.optimizers, self._parts.module.parameters())
 
     def batch_starts(self, group_done: bool) -> None:
@@ -178,19 +179,25 @@ class _GatherWithGrad(torch.autograd.Function):
         return summed[ctx.collective.rank].to(ctx.device), None
 
 
-def _managed(optimizer: Optimizer, handle: ModuleHandle) -> Optimizer:
+class _Step(property):
+    """``step`` of a managed optimizer: goes before the ``step`` that a scheduler has put into the shared ``__dict__``."""
+
+    hooked = True  # torch, which wraps each optimizer class's step once, takes it as done
+
+
+def _managed(optimizer: Optimizer, handle: ModuleHandle, index: int) -> Optimizer:
     """Return an object that is ``optimizer`` in all but ``step``, which then clips, unscales and counts.
 
     A subclass made here, sharing the optimizer's ``__dict__``, so that ``isinstance`` and every attribute hold.
     """
-    index_of: list[int] = []
+    wrapped: list[Any] = []  # what a scheduler built over the managed optimizer put in place of its step
 
     def step(self: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        if not index_of:
-            index_of.append(handle._index(self))
-        return handle.step_managed(index_of[0], closure)
+        return handle.step_managed(index, closure)
 
-    managed_class = type(type(optimizer).__name__, (type(optimizer),), {"step": step, "optimizer": optimizer})
+    members = {"step": _Step(lambda self: wrapped[-1] if wrapped else MethodType(step, self),
+                             lambda self, value: wrapped.append(value)), "optimizer": optimizer}  # fmt: skip
+    managed_class = type(type(optimizer).__name__, (type(optimizer),), members)
     managed: Optimizer = object.__new__(managed_class)
     object.__setattr__(managed, "__dict__", optimizer.__dict__)
     return managed
