@@ -48,6 +48,7 @@ from raylit.errors import DataError, OptimizerError
 from raylit.metrics.place import BATCH_TRAIN, EPOCH_TRAIN, NO_EPOCH
 from raylit.optim.plan import OptimPlan, SchedulerPlan, parse_optimizers, scheduler_due
 from raylit.ports import LoaderLike
+from raylit.seed import get_random_state, set_random_state
 from raylit.stage import Loop
 
 _STOP_POLL_BATCHES = 20  # several workers agree on a request to stop this often, and at each epoch's end
@@ -142,6 +143,9 @@ class Fit:
             return
         state, event = self._parts.state, self._parts.hooks.event
         start, end = event("on_sanity_check_start"), event("on_sanity_check_end")
+        # Training must draw the same random numbers with the check as without it.
+        random_state = get_random_state()
+        on_gpu = torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None
         state.loop = Loop.SANITY
         if start is not None:
             start()
@@ -151,6 +155,9 @@ class Fit:
         if end is not None:
             end()
         state.loop = None
+        set_random_state(random_state)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, state.device)
 
     # -- one epoch -----------------------------------------------------------------------------------------------
     def _begin_epoch(self) -> EpochOutputs | None:
