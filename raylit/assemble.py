@@ -33,6 +33,7 @@ from raylit.metrics.store import MetricStore
 from raylit.module import Module
 from raylit.ports import Precision, Strategy
 from raylit.precision import make_precision
+from raylit.profilers import make_profiler
 from raylit.seed import seed_everything, set_random_state
 from raylit.stage import Stage
 from raylit.strategies import DDP, SingleDevice
@@ -41,6 +42,7 @@ from raylit.view import RunState, TrainerView, WorkerTrainer
 from raylit.wire import Job, World
 from raylit.worker.loaders import Loaders
 from raylit.worker.output import RunOutput
+from raylit.worker.profiled import ProfiledRun
 
 if TYPE_CHECKING:
     from raylit.worker.channel import WorkerChannel
@@ -107,7 +109,9 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         spec.module.automatic_optimization = fit.automatic_optimization
     if fit.prepare_data_per_node is not None:
         (spec.datamodule or spec.module).prepare_data_per_node = fit.prepare_data_per_node
-    hooks = HookTable(spec.module, Module, spec.callbacks, Callback, view)
+    profiler = make_profiler(fit.profiler)
+    watchers: list[Callback] = [] if profiler is None else [ProfiledRun(profiler)]
+    hooks = HookTable(spec.module, Module, watchers + spec.callbacks, Callback, view)
     history = History() if spec.stage is Stage.FIT else None
     for logger in spec.loggers:
         logger.attach(state.log_dir, world.global_rank)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from raylit.callback import Callback
@@ -33,9 +35,68 @@ class Trainer(TrainerView):
     UnknownArgumentError at construction for what is unknown, contradictory or impossible.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        # how long
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: str | timedelta | Mapping[str, int] | None = None,
+        # how much of the data
+        limit_train_batches: int | float = 1.0,
+        limit_val_batches: int | float = 1.0,
+        limit_test_batches: int | float = 1.0,
+        limit_predict_batches: int | float = 1.0,
+        overfit_batches: int | float = 0.0,
+        fast_dev_run: int | bool = False,
+        val_check_interval: int | float = 1.0,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int = 2,
+        reload_dataloaders_every_n_epochs: int = 0,
+        use_distributed_sampler: bool = True,
+        # optimisation
+        accumulate_grad_batches: int | Mapping[int, int] = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        precision: str | int = "32",
+        truncated_bptt_steps: int | None = None,
+        automatic_optimization: bool | None = None,
+        sync_batchnorm: bool = False,
+        deterministic: bool | str = False,
+        benchmark: bool | None = None,
+        detect_anomaly: bool = False,
+        inference_mode: bool = True,
+        seed: int | None = None,
+        strategy: Any = "auto",
+        # what is kept and shown
+        callbacks: Any = None,
+        logger: Any = True,
+        log_every_n_steps: int = 50,
+        enable_progress_bar: bool = True,
+        enable_model_summary: bool = True,
+        enable_checkpointing: bool = True,
+        profiler: Any = None,
+        # where it runs: Ray's names
+        num_workers: int | tuple[int, int] = 1,
+        use_gpu: bool | str = "auto",
+        resources_per_worker: Mapping[str, float] | None = None,
+        placement_strategy: str | None = None,
+        scaling_config: Any = None,
+        run_config: Any = None,
+        failure_config: Any = None,
+        name: str | None = None,
+        storage_path: str | None = None,
+        max_failures: int = 0,
+        runtime_env: Mapping[str, Any] | None = None,
+        prepare_data_per_node: bool | None = None,
+        **unknown: Any,
+    ) -> None:
+        # First line: locals() holds the arguments and nothing else yet.
+        given = {key: value for key, value in locals().items() if key not in ("self", "unknown", "__class__")}
         super().__init__(RunState())
-        self._config = parse_trainer_args(**arguments)
+        self._config = parse_trainer_args(**given, **unknown)
         fit = self._config.fit
         for callback in fit.callbacks:
             if not isinstance(callback, Callback):
@@ -60,9 +121,13 @@ class Trainer(TrainerView):
         elif hparams is not None:
             raise ConfigError("fit(hparams=...) goes with a Module class; the model given is built already")
         model, datamodule = self._check_model(model, "fit"), self._datamodule(datamodule, train_dataloaders, "fit")
-        from raylit.driver.runs import fit
+        from raylit.driver import faults, runs
 
-        return fit(self, model, {"train": train_dataloaders, "validate": val_dataloaders}, datamodule, ckpt_path)
+        given = {"train": train_dataloaders, "validate": val_dataloaders}
+        try:
+            return runs.fit(self, model, given, datamodule, ckpt_path)
+        except Exception as error:
+            raise faults.for_caller(error)  # noqa: B904  it is the same exception
 
     def validate(self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None,
                  **unknown: Any) -> list[dict[str, float]]:  # fmt: skip
@@ -88,9 +153,12 @@ class Trainer(TrainerView):
     def _evaluate(self, stage: Stage, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: Any) -> Any:
         model = self._check_model(self._state.module if model is None else model, stage.value)
         datamodule = self._datamodule(datamodule, dataloaders, stage.value)
-        from raylit.driver.runs import evaluate
+        from raylit.driver import faults, runs
 
-        return evaluate(self, stage, model, {stage.value: dataloaders}, datamodule, ckpt_path)
+        try:
+            return runs.evaluate(self, stage, model, {stage.value: dataloaders}, datamodule, ckpt_path)
+        except Exception as error:
+            raise faults.for_caller(error)  # noqa: B904  it is the same exception
 
     # -- checks --------------------------------------------------------------------------------------------------
     def _check_model(self, model: Any, entry: str) -> Module:

@@ -60,6 +60,7 @@ class EpochEnd(TypedDict):
     values: Values
     seconds: float
     batches: NotRequired[int]  # done in this epoch; else the display counts what it saw
+    global_step: NotRequired[int]  # done since training began; for the driver, not drawn
 
 
 class LoopEnd(TypedDict):

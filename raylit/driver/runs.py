@@ -126,7 +126,7 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
         "use_gpu": bool(use_gpu),
         "resources_per_worker": placement.resources_per_worker,
         "runtime_env": placement.runtime_env,
-        "on_event": display.event,
+        "on_event": lambda event: _follow(trainer, display, event),
     }
     if spec.stage is not Stage.FIT:
         # No checkpoint, no restart: plain actors do, which start sooner and are kept for the next evaluation.
@@ -143,6 +143,13 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
         max_failures=placement.max_failures,
         **where,
     )
+
+
+def _follow(trainer: Trainer, display: TerminalDisplay, event: dict[str, Any]) -> None:
+    """Show a worker's event; what it says of the progress is all that is known if the run is interrupted."""
+    if event.get("kind") == "epoch_end":
+        trainer._state.epoch, trainer._state.global_step = event["epoch"] + 1, event.get("global_step", 0)
+    display.event(event)
 
 
 def come_home(trainer: Trainer, home: Homecoming, model: Module, callbacks: list[Callback]) -> None:
@@ -170,6 +177,8 @@ def describe(
     state = trainer._state
     state.module, state.datamodule, state.callbacks, state.log_dir = model, datamodule, callbacks, run_folder
     state.stage = stage
+    if stage is Stage.FIT:
+        state.epoch, state.global_step = 0, 0
     seed = trainer._config.fit.seed
     return RunSpec(
         stage=stage,
@@ -294,5 +303,6 @@ class shown:
             from raylit.trainer import RunInterrupted
 
             where = f"; the run folder is {state.log_dir}" if state.log_dir else ""
-            print(f"interrupted in epoch {state.epoch} at step {state.global_step}{where}", file=sys.stderr)
+            done = f"{state.epoch} epochs and {state.global_step} steps done"
+            print(f"interrupted after {done}{where}", file=sys.stderr)
             raise RunInterrupted(130) from None

@@ -88,7 +88,8 @@ class RunOutput:
             merged = {name: float(value) for name, value in state.callback_metrics.items() if value.numel() == 1}
             shown = _once({**merged, **values})
             self._event({"kind": "epoch_end", "epoch": state.epoch, "values": _finite(shown),
-                         "seconds": time.perf_counter() - self._epoch_started, "batches": state.batch_idx + 1})  # fmt: skip
+                         "seconds": time.perf_counter() - self._epoch_started, "batches": state.batch_idx + 1,
+                         "global_step": state.global_step})  # fmt: skip
             return
         event: dict[str, Any] = {"kind": "loop_end", "loop": loop.value, "values": values}
         inside = state.loop is Loop.TRAIN and state.batch_idx + 1 != state.num_training_batches
