@@ -42,7 +42,20 @@ def one_step() -> float:
 
 
 def bare_loop(config: dict[str, Any]) -> float:
-    return one_step()
+    """What a person writes for Ray Train: loader, DDP, optimizer, one step."""
+    import ray.train.torch
+    import torch
+
+    model = ray.train.torch.prepare_model(torch.nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = ray.train.torch.prepare_data_loader(torch.utils.data.DataLoader(torch.zeros(8, 8), batch_size=4))
+    for batch in loader:
+        began = time.time()
+        model(batch).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return began
+    raise RuntimeError("the loader gave no batch")
 
 
 def raylit_main(job: Any, world: Any, channel: Any) -> bytes:
@@ -64,13 +77,40 @@ def bare_job(workers: int) -> Measured:
     return first - began, time.time() - began
 
 
-def raylit_job(workers: int) -> Measured:
-    """raylit's launch, with the live channel that a Trainer opens. Becomes a Trainer.fit once there is one."""
-    from raylit.driver.launch import launch
+def raylit_job(workers: int, **trainer_arguments: Any) -> Measured:
+    """The same job through Trainer.fit, keeping nothing, as the bare one."""
+    import torch
 
+    import raylit
+
+    class Tiny(raylit.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 2)
+            self.first = 0.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.first = self.first or time.time()
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    model = Tiny()
     began = time.time()
-    launched = launch(_job(), num_workers=workers, worker_main="startup:raylit_main", **_options())
-    return float(launched.outcome) - began, time.time() - began
+    trainer = raylit.Trainer(
+        num_workers=workers, max_steps=1, storage_path=tempfile.mkdtemp(), enable_progress_bar=False,
+        **(options | trainer_arguments),
+    )  # fmt: skip
+    trainer.fit(model, torch.utils.data.DataLoader(torch.zeros(8, 8), batch_size=4))
+    return model.first - began, time.time() - began
+
+
+def raylit_defaults(workers: int) -> Measured:
+    """With what a Trainer keeps by default: TensorBoard files, a checkpoint, the summary."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return raylit_job(workers, logger=True, enable_checkpointing=True, enable_model_summary=True)
 
 
 def pooled_job(workers: int) -> Measured:
@@ -98,10 +138,6 @@ def _job() -> Any:
     return Job("fit", b"", sys_path=(str(HERE), str(HERE.parent)), working_dir=os.getcwd())
 
 
-def _options() -> dict[str, Any]:
-    return {"storage_path": tempfile.mkdtemp(), "on_event": lambda event: None}
-
-
 def on_ray(rounds: int, worker_counts: list[int]) -> dict[str, Any]:
     import ray
 
@@ -110,17 +146,20 @@ def on_ray(rounds: int, worker_counts: list[int]) -> dict[str, Any]:
     began = time.time()
     cluster.connect()
     print(f"ray.init: {time.time() - began:.1f} s, CPUs {cluster.available().get('CPU')}")
-    variants: dict[str, Callable[[int], Measured]] = {"TorchTrainer": bare_job, "raylit": raylit_job}
+    variants: dict[str, Callable[[int], Measured]] = {
+        "TorchTrainer": bare_job,
+        "raylit": raylit_job,
+        "raylit, defaults": raylit_defaults,
+    }
     with contextlib.suppress(ImportError):
         import raylit.driver.pool
 
         variants.update({"pool, cold": pooled_job, "pool, warm": pooled_again})
     seen: dict[str, list[Measured]] = {}
     for number in range(rounds + 1):
-        # The pool's warm call must follow its cold one; the two Ray Train variants change places.
+        # The pool's warm call must follow its cold one; the Ray Train variants change places.
         order = list(variants)
-        if number % 2:
-            order[:2] = reversed(order[:2])
+        order[:3] = order[number % 3 : 3] + order[: number % 3]
         for workers in worker_counts:
             for name in order:
                 measured = variants[name](workers)
