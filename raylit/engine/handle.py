@@ -73,7 +73,8 @@ class ModuleHandle:
         if override is None:
             target.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         else:
-            override(target, optimizer, None if optimizer is None else self._index(optimizer))
+            index = None if optimizer is None else self._index(optimizer)
+            override(target, optimizer, index, *args, **kwargs)
         if after is not None:
             after()
 
@@ -162,6 +163,9 @@ class ModuleHandle:
     def transfer(self, batch: Any, device: torch.device) -> Any:
         assert self._parts.move is not None
         return self._parts.move(batch, device)
+
+    def restore_modes(self) -> None:
+        self._parts.restore_modes()
 
 
 class _GatherWithGrad(torch.autograd.Function):

@@ -14,38 +14,54 @@ from raylit.errors import HookError, nearest
 from raylit.hooks.spec import HookSpec
 
 
-def check_signature(spec: HookSpec, function: Callable[..., Any], owner: str) -> tuple[list[int], dict[str, int], bool]:
-    """Return what ``function`` wants of the hook's arguments: positions to give, names to give, and all by name or not.
+def check_signature(
+    spec: HookSpec, function: Callable[..., Any], owner: str
+) -> tuple[list[int], dict[str, int], frozenset[str]]:
+    """Return what ``function`` wants of the hook's arguments, as places in ``spec.arguments``.
 
-    Raises HookError where it asks for a name that the hook does not have.
+    These are: the places to give by position, in the order of the signature; those to give by name; and the names of all
+    that it gets because it names them (or takes ``**kwargs``). Raises HookError where it asks for a name that the hook
+    does not have.
     """
     picks: list[int] = []
     keywords: dict[str, int] = {}
+    names: set[str] = set()
     index = {name: i for i, name in enumerate(spec.arguments)}
-    next_plain, takes_kwargs = 0, False
+    next_plain = 0
+    in_row = True  # no parameter was left out yet, so the next one can be given by position
     for parameter in inspect.signature(function).parameters.values():
         name = parameter.name
         if parameter.kind is parameter.VAR_KEYWORD:
-            takes_kwargs = True
+            if not spec.extra:
+                wanted = spec.arguments if spec.by_name else spec.named
+                # One that stands in the signature already would be given twice.
+                new = [each for each in wanted if index[each] not in picks and each not in keywords]
+                keywords.update({each: index[each] for each in new})
+                names.update(new)
         elif parameter.kind is parameter.VAR_POSITIONAL:
-            if not spec.by_name:
+            if not spec.by_name and not spec.extra and in_row:
                 picks.extend(range(next_plain, len(spec.plain)))
                 next_plain = len(spec.plain)
         elif spec.by_name or name in spec.named or parameter.kind is parameter.KEYWORD_ONLY:
-            if name in index:
-                keywords[name] = index[name]
-            elif parameter.default is parameter.empty:
-                raise _unknown_argument(spec, name, owner)
+            if name not in index:
+                in_row = False
+                if parameter.default is parameter.empty:
+                    raise _unknown_argument(spec, name, owner)
+            else:
+                names.add(name)
+                if in_row and parameter.kind is not parameter.KEYWORD_ONLY:
+                    # By position: a plain argument may follow it, and it may be positional-only.
+                    picks.append(index[name])
+                elif parameter.kind is not parameter.POSITIONAL_ONLY:
+                    keywords[name] = index[name]
         elif next_plain < len(spec.plain):
             picks.append(next_plain)
             next_plain += 1
-        elif parameter.default is parameter.empty:
-            raise _unknown_argument(spec, name, owner)
-    if takes_kwargs:
-        # A keyword argument of this name would collide with a position already given.
-        wanted = spec.arguments if spec.by_name else spec.named
-        keywords.update({name: index[name] for name in wanted if name not in keywords})
-    return picks, keywords, takes_kwargs
+        else:
+            in_row = False
+            if parameter.default is parameter.empty:
+                raise _unknown_argument(spec, name, owner)
+    return picks, keywords, frozenset(names)
 
 
 def _unknown_argument(spec: HookSpec, name: str, owner: str) -> HookError:
@@ -57,13 +73,32 @@ def _unknown_argument(spec: HookSpec, name: str, owner: str) -> HookError:
 
 
 def adapt(spec: HookSpec, function: Callable[..., Any], owner: str) -> Callable[..., Any]:
-    """Return a callable that takes all of the hook's arguments by position and calls ``function`` with those it wants."""
+    """Return a callable that takes all of the hook's arguments by position and calls ``function`` with those it wants.
+
+    For a hook with ``extra`` it takes more after them, which reach ``function`` where its signature has them.
+    """
     picks, keywords, _ = check_signature(spec, function, owner)
-    count = len(picks)
-    if not keywords:
-        if count == len(spec.arguments):
-            return function
-        if picks == list(range(count)):
-            return lambda *args: function(*args[:count])
     named = tuple(keywords.items())
+    if spec.extra:
+        return _with_extra(spec, function, picks, named)
+    count = len(picks)
+    if not named and picks == list(range(count)):
+        return function if count == len(spec.arguments) else lambda *args: function(*args[:count])
     return lambda *args: function(*[args[i] for i in picks], **{name: args[i] for name, i in named})
+
+
+def _with_extra(
+    spec: HookSpec, function: Callable[..., Any], picks: list[int], named: tuple[tuple[str, int], ...]
+) -> Callable[..., Any]:
+    parameters = inspect.signature(function).parameters.values()
+    more_args = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    more_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    declared = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - set(spec.arguments)
+    known = len(spec.arguments)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [args[i] for i in picks] + list(args[known:] if more_args else ())
+        extra = kwargs if more_kwargs else {name: value for name, value in kwargs.items() if name in declared}
+        return function(*given, **{name: args[i] for name, i in named}, **extra)
+
+    return call

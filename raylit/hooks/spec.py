@@ -18,6 +18,7 @@ class HookSpec:
     plain: tuple[str, ...] = ()
     named: tuple[str, ...] = ()
     by_name: bool = False
+    extra: bool = False  # the caller's own *args and **kwargs follow (``backward``); an override's *args are these
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -63,12 +64,13 @@ MODULE_HOOKS: dict[str, HookSpec] = {
         *((f"{x}_dataloader", "", "") for x in ("train", "val", "test", "predict")),
         ("transfer_batch_to_device", "batch device", "dataloader_idx"),
         ("on_before_batch_transfer", "batch", "dataloader_idx"), ("on_after_batch_transfer", "batch", "dataloader_idx"),
-        ("tbptt_split_batch", "batch split_size", ""), ("backward", "loss optimizer optimizer_idx", ""),
+        ("tbptt_split_batch", "batch split_size", ""),
         ("optimizer_zero_grad", "epoch batch_idx optimizer", "optimizer_idx"),
         ("lr_scheduler_step", "scheduler", "metric optimizer_idx"),
         *((f"on_{x}_model_{m}", "", "") for x in ("validation", "test", "predict") for m in ("eval", "train")),
         ("get_progress_bar_dict", "", ""),
     ),
+    "backward": HookSpec("backward", ("loss", "optimizer", "optimizer_idx"), extra=True),
     "optimizer_step": HookSpec(
         "optimizer_step",
         tuple("epoch batch_idx optimizer optimizer_idx optimizer_closure on_tpu using_native_amp using_lbfgs".split()),

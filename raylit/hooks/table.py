@@ -34,9 +34,9 @@ class HookTable:
         for name, spec in MODULE_HOOKS.items():
             function = getattr(module, name, None) if overridden(module, name, module_base) else None
             self._own[name] = None if function is None else adapt(spec, function, name_of)
-            picks, named, _ = ([], {}, False) if function is None else check_signature(spec, function, name_of)
+            picks, keywords, named = ([], {}, ()) if function is None else check_signature(spec, function, name_of)
             self._named[name] = set(named)
-            if function is not None and not named and picks == list(range(len(picks))):
+            if function is not None and not keywords and picks == list(range(len(picks))):
                 self._exact[name], self._counts[name] = function, len(picks)
         self._wants_outputs |= "outputs" in self._named["on_train_epoch_end"]
         for name, spec in CALLBACK_HOOKS.items():
@@ -47,7 +47,7 @@ class HookTable:
                     function = getattr(callback, name)
                     chain.append(partial(adapt(spec, function, owner), trainer, module))
                     if name == "on_train_epoch_end":
-                        self._wants_outputs |= "outputs" in check_signature(spec, function, owner)[1]
+                        self._wants_outputs |= "outputs" in check_signature(spec, function, owner)[2]
             if name in SHARED_HOOKS and name not in ("setup", "teardown"):
                 own = self._own[name]
                 if own is not None:
