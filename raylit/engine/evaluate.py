@@ -45,7 +45,7 @@ class Evaluation:
         step = own(f"{name}_step")
         if step is None and loop is Loop.PREDICT:
             predict = parts.module.predict_step  # the default: forward
-            step = lambda batch, batch_idx, dataloader_idx: predict(batch)  # noqa: E731
+            step = lambda batch, batch_idx, dataloader_idx: predict(batch)
         self._step = step
         self._step_end = own(f"{name}_step_end") if loop is not Loop.PREDICT else None
         self._epoch_end = own(f"{name}_epoch_end") if loop is not Loop.PREDICT else None
@@ -63,7 +63,7 @@ class Evaluation:
         """Run all loaders; return the metrics of each, and each one's kept outputs (for prediction, on the CPU)."""
         state, metrics = self._parts.state, self._parts.metrics
         outer, state.loop = state.loop, self._loop
-        modes = [(module, module.training) for module in self._parts.module.modules()]
+        self._parts.modes[:] = [(module, module.training) for module in self._parts.module.modules()]
         _call(self._model_eval, self._parts.module.eval)
         # inference_mode is the faster, but its tensors may never meet autograd; the person chooses.
         grads_off = torch.inference_mode() if self._parts.settings.inference_mode else torch.no_grad()
@@ -85,11 +85,7 @@ class Evaluation:
                     self._parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)
                 _call(self._end)
         finally:
-            if self._model_train is None:
-                for module, mode in modes:
-                    module.training = mode
-            else:
-                self._model_train()
+            _call(self._model_train, self._parts.restore_modes)
             state.loop = outer
         self._parts.output.loop_end(state, self._loop, logged.callback)
         return _per_loader(logged.callback, len(loaders)), kept

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from raylit.config.fit import FitConfig
 from raylit.datamodule import DataModule
@@ -69,3 +69,10 @@ class Parts:
     on_epoch_settled: Callable[[], None] | None = None
     # a stop that only this rank knows of (signal, preemption); asked where all ranks agree on stopping
     resume: Callable[[Any], None] | None = None
+    # each submodule's mode before the evaluation that runs
+    modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
+
+    def restore_modes(self) -> None:
+        """Give each submodule the mode it had before the evaluation that runs."""
+        for module, mode in self.modes:
+            module.training = mode
