@@ -85,6 +85,10 @@ class Strategy(Protocol):
         """Move the module to the device and convert it (SyncBatchNorm); before ``configure_optimizers``."""
         ...
 
+    def equalize_buffers(self, module: nn.Module) -> None:
+        """Give every rank the same buffers, before an evaluation within a fit; every rank calls it."""
+        ...
+
     def wrap_training_step(self, module: nn.Module, step: Callable[..., Any], *, optimizers: int,
                            manual: bool) -> Callable[..., Any]:
         """Return what the engine calls as ``training_step``; under DDP the pass through it arms the reducer."""

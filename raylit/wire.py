@@ -34,6 +34,8 @@ class Job:
 
     stage: str
     payload: bytes
+    # A large payload lies in Ray's object store, once for each node rather than once a worker: its ObjectRef.
+    payload_ref: Any = None
     channel: ChannelAddress | None = None
     sys_path: tuple[str, ...] = ()
     working_dir: str | None = None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import ray.train
 
 OnEvent = Callable[[dict[str, Any]], None]
+_LARGE_PAYLOAD_BYTES = 1024 * 1024
 DEFAULT_WORKER_MAIN = "raylit.assemble:worker_main"
 
 
@@ -70,13 +71,22 @@ def launch(
     with open_channel(on_event) as channel, cluster.run_settings():
         sent = dataclasses.replace(job, channel=channel.address if channel else None)
         try:
-            result = _fit(sent, scaling, run, worker_main)
+            result = _fit(stored(sent), scaling, run, worker_main)
             return Launched(outcome=_outcome(result, run), result=result)
         except KeyboardInterrupt:
             error = KeyboardInterrupt()
         except Exception as raised:
             error = as_callers_error(raised, channel.workers if channel else {})
     raise bare(error)
+
+
+def stored(job: Job) -> Job:
+    """Put a large payload into Ray's object store; a small one travels with the call."""
+    if len(job.payload) <= _LARGE_PAYLOAD_BYTES:
+        return job
+    import ray
+
+    return dataclasses.replace(job, payload=b"", payload_ref=ray.put(job.payload))
 
 
 def merge_scaling(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raylit.driver import cluster
-from raylit.driver.launch import DEFAULT_WORKER_MAIN, Launched, OnEvent, lost_error, open_channel
+from raylit.driver.launch import DEFAULT_WORKER_MAIN, Launched, OnEvent, lost_error, open_channel, stored
 from raylit.wire import Job, World
 from raylit.worker.failure import WorkerFailed, bare, first_cause, is_consequence, rebuild
 
@@ -56,6 +56,7 @@ def launch_pooled(
         sent = dataclasses.replace(job, channel=channel.address if channel else None)
         try:
             pool = _ready(key, asked, runtime_env)
+            sent = stored(sent)
             refs = [
                 actor.run.remote(sent, world, worker_main)
                 for actor, world in zip(pool.actors, pool.worlds, strict=True)

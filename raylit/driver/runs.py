@@ -160,6 +160,7 @@ def come_home(trainer: Trainer, home: Homecoming, model: Module, callbacks: list
     state.status = Status(home.status)
     state.epoch, state.global_step = home.epoch, home.global_step
     state.num_training_batches = home.num_training_batches
+    state.world = World(world_size=home.world_size)
     state.callback_metrics, state.logged_metrics = home.metrics["callback"], home.metrics["logged"]
     state.progress_bar_metrics = home.metrics["progress_bar"]
     if home.history is not None:

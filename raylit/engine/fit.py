@@ -299,6 +299,8 @@ class Fit:
         )
 
     def _validate(self) -> None:
+        # One model is evaluated, not one a rank: its numbers must not depend on which rank saw which sample.
+        self._parts.strategy.equalize_buffers(self._parts.module)
         self._validation.run(self._val_loaders, self._parts.settings.val_batch_limit)
         self._parts.metrics.place = BATCH_TRAIN
 

@@ -62,6 +62,11 @@ class DDP:
             # setup() or configure_model() may have drawn weights from each rank's own random state.
             dist.broadcast(tensor.detach(), src=0)
 
+    def equalize_buffers(self, module: nn.Module) -> None:
+        """Give every rank rank 0's buffers: BatchNorm's statistics have seen other batches since DDP last did so."""
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
     def wrap_training_step(
         self, module: nn.Module, step: Callable[..., Any], *, optimizers: int, manual: bool
     ) -> Callable[..., Any]:

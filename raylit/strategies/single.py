@@ -26,6 +26,9 @@ class SingleDevice:
         if self.device.type != "cpu":
             module.to(self.device)
 
+    def equalize_buffers(self, module: nn.Module) -> None:
+        """There is nobody to differ from."""
+
     def wrap_training_step(
         self, module: nn.Module, step: Callable[..., Any], *, optimizers: int, manual: bool
     ) -> Callable[..., Any]:

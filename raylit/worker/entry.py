@@ -6,6 +6,7 @@ and brings its bytes, or its exception, back.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -52,7 +53,7 @@ def run_job(job: Job, world: World, worker_main: str) -> bytes:
         with redirected(channel, world.global_rank):
             # As in the caller's own process, where records below WARNING are not printed either; Ray sets INFO.
             logging.getLogger().setLevel(logging.WARNING)
-            return load(worker_main)(job, world, channel)
+            return load(worker_main)(with_payload(job), world, channel)
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: a silent end would read as success
         failure = pack(error, world)
         if is_consequence(failure):
@@ -69,6 +70,15 @@ def take_callers_place(job: Job) -> None:
         os.chdir(job.working_dir)
     known = [entry for entry in job.sys_path if os.path.exists(entry or ".")]
     sys.path[:] = known + [entry for entry in sys.path if entry not in known]
+
+
+def with_payload(job: Job) -> Job:
+    """The job with its payload fetched from Ray's object store, where it was put there."""
+    if job.payload_ref is None:
+        return job
+    import ray
+
+    return dataclasses.replace(job, payload=ray.get(job.payload_ref), payload_ref=None)
 
 
 def load(path: str) -> WorkerMain:

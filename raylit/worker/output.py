@@ -23,6 +23,7 @@ from raylit.view import RunState
 Send = Callable[[dict[str, Any]], None]
 _REFRESH_S = 0.25  # seconds between two progress events
 _HISTORY_FILE = "history.parquet"
+_HISTORY_EVERY_S = 10.0  # at ends of epochs: the file is written whole, which many short epochs should not pay for
 
 
 class RunOutput:
@@ -42,6 +43,8 @@ class RunOutput:
         self._shown: Snapshot | None = None  # the bar's values as of the last refresh
         self._texts: dict[str, str] = {}
         self._epoch_started = time.perf_counter()
+        self._folder: str | None = None
+        self._history_written = time.monotonic()
 
     # -- display -------------------------------------------------------------------------------------------------
     def stage_start(self, state: RunState) -> None:
@@ -124,8 +127,14 @@ class RunOutput:
         self._drain(wait=True)
         for logger in self._loggers:
             logger.save()
-        if self._history is not None and len(self._history) and state.log_dir is not None and state.stage is Stage.FIT:
-            self._history.write_parquet(os.path.join(state.log_dir, _HISTORY_FILE))
+        self._folder = state.log_dir
+        if time.monotonic() - self._history_written >= _HISTORY_EVERY_S:
+            self._write_history()
+
+    def _write_history(self) -> None:
+        if self._history is not None and len(self._history) and self._folder is not None:
+            self._history.write_parquet(os.path.join(self._folder, _HISTORY_FILE))
+            self._history_written = time.monotonic()
 
     def _keep(self, state: RunState, metrics: Mapping[str, Tensor]) -> None:
         if not metrics or state.world.global_rank != 0:
@@ -150,6 +159,7 @@ class RunOutput:
         self._drain(wait=True)
         for logger in self._loggers:
             logger.save()
+        self._write_history()
 
     def finalize(self, status: str) -> None:
         """Close the loggers."""

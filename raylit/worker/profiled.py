@@ -27,16 +27,21 @@ class ProfiledRun(Callback):
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         self.profiler.start("run_training_epoch")
 
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+    # Without naming outputs: they would be kept for it.
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:  # type: ignore[override]
         self.profiler.stop("run_training_epoch")
 
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         if self._in_batch:  # a hook ended the last epoch in this place
             self.profiler.stop("run_training_batch")
         self._in_batch = True
         self.profiler.start("run_training_batch")
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._in_batch = False
         self.profiler.stop("run_training_batch")
         self.profiler.step()
