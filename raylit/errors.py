@@ -14,6 +14,7 @@
     ├── SerializationError (TypeError)      something that must travel to the workers cannot be pickled
     ├── RunExistsError (FileExistsError)    a run of this name exists; nothing is overwritten
     ├── NotAttachedError (RuntimeError)     ``module.trainer`` where there is none
+    ├── NonFiniteError (FloatingPointError) ``detect_anomaly`` found a loss or a gradient that is not finite
     ├── WorkerLostError (RuntimeError)      a worker process died without an exception of its own
     └── MissingDependencyError (ImportError)   an optional package is not installed
 """
@@ -70,6 +71,10 @@ class RunExistsError(RaylitError, FileExistsError):
 
 class NotAttachedError(RaylitError, RuntimeError):
     """``module.trainer`` was read outside a run."""
+
+
+class NonFiniteError(RaylitError, FloatingPointError):
+    """A loss or a gradient is infinite or not a number."""
 
 
 class WorkerLostError(RaylitError, RuntimeError):

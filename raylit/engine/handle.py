@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -37,6 +38,20 @@ class ModuleHandle:
         manual = not self._parts.module.automatic_optimization
         self._managed = [_managed(o, self, i) for i, o in enumerate(plan.optimizers)] if manual else list(plan.optimizers)
         self._toggle = Toggle(plan.optimizers, self._parts.module.parameters())
+        train.without_logging = self._without_logging
+
+    @contextmanager
+    def _without_logging(self) -> Iterator[None]:
+        log, self.log = self.log, _ignore
+        try:
+            yield
+        finally:
+            self.log = log
+
+    def begin_epoch(self) -> None:
+        """Take the parameters that were added to optimizers since the epoch before."""
+        if self._toggle is not None:
+            self._toggle.refresh()
 
     def batch_starts(self, group_done: bool) -> None:
         """Say whether this batch is the last of its accumulation group (manual optimisation)."""
@@ -154,6 +169,7 @@ class ModuleHandle:
         if version is not None:
             items["v_num"] = version
         items.update(self._parts.state.progress_bar_metrics)
+        items.update(self._parts.metrics.step_metrics().progress_bar)  # newer than those of the last logged step
         return items
 
     def tbptt_split(self, batch: Any, split_size: int) -> list[Any]:
@@ -181,6 +197,10 @@ class _GatherWithGrad(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         summed = ctx.collective.all_reduce(grads[0].contiguous().to(ctx.collective.device), "sum")
         return summed[ctx.collective.rank].to(ctx.device), None
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """``log`` while a pass is computed anew."""
 
 
 class _Step(property):

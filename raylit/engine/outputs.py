@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from raylit.errors import HookError
@@ -92,8 +91,3 @@ def batch_result(batch_outputs: list[list[Any]], splits: bool) -> Any:
     """What ``on_train_batch_end`` is given, shaped as the same batch's entry in the epoch's outputs."""
     shaped = [(s if splits else s[0]) if s else None for s in batch_outputs]
     return shaped[0] if len(shaped) == 1 else shaped
-
-
-def finite(loss: Tensor) -> bool:
-    """Tell whether the loss is finite; waits for the device."""
-    return bool(torch.isfinite(loss).all())

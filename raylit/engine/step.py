@@ -14,12 +14,14 @@ it with None and goes on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from raylit.engine.anomaly import NonFinite
 from raylit.engine.outputs import check_loss, detached, kept, loss_of
 from raylit.engine.parts import Parts
 from raylit.metrics.place import BATCH_TRAIN, SPLIT_TRAIN
@@ -65,6 +67,9 @@ class TrainBatch:
         several = self._steps and len(plan.optimizers) > 1
         self._toggle = Toggle(plan.optimizers, parts.module.parameters()) if several else None
         self._closures = [self._step_override is not None or needs_closure(o) for o in plan.optimizers]
+        self._watch = NonFinite(parts.module, parts.state) if parts.settings.detect_anomaly else None
+        # A context in which calls of log do nothing; set by the handle that log belongs to.
+        self.without_logging: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._split_size = split_size
         self._split = (own("tbptt_split_batch") or parts.split_time) if split_size else None
         self._keep = parts.hooks.wants_epoch_outputs or event("on_train_batch_end") is not None
@@ -81,7 +86,8 @@ class TrainBatch:
         """Train on one batch; return for each optimizer its splits' outputs, or None where nobody asks for them."""
         self.stepped = []
         plan, toggle = self._plan, self._toggle
-        active = active_optimizers(plan, self.groups_done) if plan.frequencies else self._everyone
+        # In manual optimisation the person chooses who steps, and frequencies mean nothing.
+        active = active_optimizers(plan, self.groups_done) if plan.frequencies and self._steps else self._everyone
         collected: list[list[Any]] | None = [[] for _ in self._everyone] if self._keep else None
         splits: Sequence[Any] = (batch,)
         hiddens: Any = None
@@ -113,6 +119,12 @@ class TrainBatch:
             self.groups_done += 1
         return collected
 
+    def begin_epoch(self, accumulate: int) -> None:
+        """Take the epoch's number of batches in a group, and the parameters that were added to optimizers meanwhile."""
+        self.accumulate = accumulate
+        if self._toggle is not None:
+            self._toggle.refresh()
+
     def drop_group(self) -> None:
         """Forget the accumulation group that is not done: the epoch ends here."""
         if any(self._took_part):
@@ -140,7 +152,9 @@ class TrainBatch:
         else:
             output = self._step(split, batch_idx, index, hiddens)
         if not self._steps:
-            self.loss = loss_of(output) if isinstance(output, (Tensor, dict)) and _has_loss(output) else None
+            loss = loss_of(output) if isinstance(output, (Tensor, dict)) and _has_loss(output) else None
+            # Where no backward frees the graph, keeping it until the next batch would double the memory.
+            self.loss = None if loss is None else loss.detach()
             return output
         loss = output if type(output) is Tensor else loss_of(output)
         self.loss = loss
@@ -149,6 +163,8 @@ class TrainBatch:
             return None
         if not loss.requires_grad or loss.dim():
             check_loss(loss)
+        if self._watch is not None:
+            self._watch.check_loss(loss, batch_idx)
         if self.accumulate != 1:
             loss = loss / self.accumulate
         if self._before_backward is not None:
@@ -160,6 +176,8 @@ class TrainBatch:
             self._backward(target, self._plan.optimizers[index], index)
         if self._after_backward is not None:
             self._after_backward()
+        if self._watch is not None and not self._scaled:  # scaled gradients may overflow: the scaler sees to it
+            self._watch.check_gradients(batch_idx)
         self._took_part[index] = True
         return output
 
@@ -222,9 +240,12 @@ class TrainBatch:
         """Compute the group's passes anew from zeroed gradients; return the group's loss."""
         self._zero_grad(optimizer, batch_idx, index)
         total: Tensor | None = None
-        for position, given in enumerate(passes):
-            self._pass(*given, position + 1 == len(passes))
-            total = self._add(total)
+        # An optimizer may call its closure with gradients off. What the pass logs was logged by the first one: an
+        # epoch's value counts each batch once.
+        with torch.enable_grad(), self.without_logging():
+            for position, given in enumerate(passes):
+                self._pass(*given, position + 1 == len(passes))
+                total = self._add(total)
         if self._scaled:
             self._precision.unscale(optimizer)
         if self._clip_val is not None or self._clip_override is not None:
