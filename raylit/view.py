@@ -6,6 +6,7 @@ worker, and the base of the ``Trainer`` that the caller holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,8 @@ class RunState:
     strategy_name: str = "single"
     precision: str = "32-true"
     history: Any = None
+    # In a fit: the latest step values of the loop that runs, by reference; asked only when someone reads metrics.
+    live_metrics: Callable[[], Any] | None = None
 
 
 class TrainerView:
@@ -198,7 +201,9 @@ class TrainerView:
     # -- metrics -------------------------------------------------------------------------------------------------
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
-        """All metrics logged last, by name."""
+        """All metrics logged last, by name; those of the step that runs are this worker's own."""
+        if self._state.live_metrics is not None:
+            self._state.callback_metrics.update(self._state.live_metrics().callback)
         return self._state.callback_metrics
 
     @property
@@ -209,6 +214,8 @@ class TrainerView:
     @property
     def progress_bar_metrics(self) -> dict[str, Tensor]:
         """The metrics logged with ``prog_bar=True``."""
+        if self._state.live_metrics is not None:
+            self._state.progress_bar_metrics.update(self._state.live_metrics().progress_bar)
         return self._state.progress_bar_metrics
 
     @property

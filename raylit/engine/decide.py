@@ -7,10 +7,13 @@ import math
 from raylit.errors import ConfigError
 
 
-def resolve_val_interval(interval: int | float, total: int | None) -> int | None:
-    """Turn ``val_check_interval`` into training batches between validations; None: at the end of the epoch."""
+def resolve_val_interval(interval: int | float, total: int | None, every_n_epoch: int | None) -> int | None:
+    """Turn ``val_check_interval`` into training batches between validations; None: at the end of the epoch.
+
+    ``every_n_epoch`` None: the batches are counted over epochs, so that an interval may be longer than one.
+    """
     if isinstance(interval, int) and not isinstance(interval, bool):
-        if total is not None and interval > total:
+        if total is not None and interval > total and every_n_epoch is not None:
             raise ConfigError(
                 f"val_check_interval={interval} is more than the {total} training batches of an epoch; give at most "
                 f"{total}, or check_val_every_n_epoch=None to count over epochs"

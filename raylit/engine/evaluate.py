@@ -23,7 +23,7 @@ from torch import Tensor
 from raylit.config.amounts import batches
 from raylit.engine.outputs import detached
 from raylit.engine.parts import Parts
-from raylit.metrics.place import BATCH_EVAL, EPOCH_EVAL
+from raylit.metrics.place import BATCH_EVAL, EPOCH_EVAL, NO_EPOCH
 from raylit.ports import LoaderLike
 from raylit.stage import Loop
 
@@ -59,8 +59,13 @@ class Evaluation:
         """True where the Module has the step of this loop."""
         return self._step is not None
 
-    def run(self, loaders: list[LoaderLike], limit: int | float) -> tuple[list[dict[str, Tensor]], list[list[Any]]]:
-        """Run all loaders; return the metrics of each, and each one's kept outputs (for prediction, on the CPU)."""
+    def run(
+        self, loaders: list[LoaderLike], limit: int | float, at_most: int | float = 1.0
+    ) -> tuple[list[dict[str, Tensor]], list[list[Any]]]:
+        """Run all loaders; return the metrics of each, and each one's kept outputs (for prediction, on the CPU).
+
+        ``limit`` and ``at_most``: batches of each loader, or fractions of it; the smaller of the two holds.
+        """
         state, metrics = self._parts.state, self._parts.metrics
         outer, state.loop = state.loop, self._loop
         self._parts.modes[:] = [(module, module.training) for module in self._parts.module.modules()]
@@ -73,7 +78,7 @@ class Evaluation:
                 metrics.place = EPOCH_EVAL
                 _call(self._start)
                 _call(self._epoch_start)
-                kept = [self._one_loader(loader, index, limit) for index, loader in enumerate(loaders)]
+                kept = [self._one_loader(loader, index, limit, at_most) for index, loader in enumerate(loaders)]
                 if self._epoch_end is not None:
                     self._epoch_end(kept[0] if len(kept) == 1 else kept)
                 _call(self._epoch_ended)
@@ -83,14 +88,17 @@ class Evaluation:
                     state.progress_bar_metrics.update(logged.progress_bar)
                     state.logged_metrics.update(logged.logger)
                     self._parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)
+                # The epoch is over: nothing can be logged into it any more, nor into the training around it.
+                place, metrics.place = metrics.place, NO_EPOCH
                 _call(self._end)
+                metrics.place = place
         finally:
             _call(self._model_train, self._parts.restore_modes)
             state.loop = outer
         self._parts.output.loop_end(state, self._loop, logged.callback)
         return _per_loader(logged.callback, len(loaders)), kept
 
-    def _one_loader(self, loader: LoaderLike, index: int, limit: int | float) -> list[Any]:
+    def _one_loader(self, loader: LoaderLike, index: int, limit: int | float, at_most: int | float) -> list[Any]:
         """Run one loader on this rank; return the outputs that an epoch-end hook or the caller will ask for."""
         parts, step = self._parts, self._step
         assert step is not None
@@ -98,7 +106,7 @@ class Evaluation:
         forward_context, step_end = parts.precision.forward_context, self._step_end
         predicting = self._loop is Loop.PREDICT
         keep = predicting or self._epoch_end is not None
-        total = batches(limit, loader.num_batches, _ARGUMENT[self._loop])
+        total = batches(limit, batches(at_most, loader.num_batches, "limit_val_batches"), _ARGUMENT[self._loop])
         loader.set_epoch(0)
         kept: list[Any] = []
         refresh = Refresh(parts.output.refresh_s)

@@ -91,11 +91,12 @@ class Fit:
         if parts.settings.max_time_s is not None:
             self._deadline = time.monotonic() + parts.settings.max_time_s
         parts.output.stage_start(state)
+        state.live_metrics = parts.metrics.step_metrics
         self._call("on_train_start")
         previous = torch.is_anomaly_enabled()
         torch.autograd.set_detect_anomaly(previous or parts.settings.detect_anomaly)
         try:
-            while not self._done():
+            while self._total != 0 and not self._done():  # 0: limit_train_batches leaves nothing to train on
                 outputs = self._begin_epoch()
                 self._batches(outputs)
                 self._end_epoch(outputs)
@@ -134,7 +135,9 @@ class Fit:
         self._total = batches(settings.train_batch_limit, self._loader.num_batches, "limit_train_batches")
         # An unknown length under a limit may turn out shorter: then the end must be looked for.
         self._known = self._loader.num_batches is not None and self._loader.equal_steps
-        self._interval = resolve_val_interval(settings.val_check_interval, self._total if self._known else None)
+        known = self._total if self._known else None
+        if self._total != 0:
+            self._interval = resolve_val_interval(settings.val_check_interval, known, settings.check_val_every_n_epoch)
         state.num_training_batches = total_or_inf(self._total)
 
     def _sanity_check(self) -> None:
@@ -149,7 +152,7 @@ class Fit:
         state.loop = Loop.SANITY
         if start is not None:
             start()
-        self._sanity.run(self._val_loaders, 1.0 if limit < 0 else limit)
+        self._sanity.run(self._val_loaders, 1.0 if limit < 0 else limit, at_most=self._parts.settings.val_batch_limit)
         # Its numbers are of an untrained model: nobody may take them for a validation.
         state.callback_metrics.clear()
         if end is not None:
@@ -188,6 +191,9 @@ class Fit:
             ended(collected)
         self._call("on_epoch_end")
         metrics.sync_steps()
+        steps = metrics.step_metrics()  # the last step's values stay to be read
+        state.callback_metrics.update(steps.callback)
+        state.progress_bar_metrics.update(steps.progress_bar)
         logged = metrics.end()
         metrics.place = NO_EPOCH
         state.callback_metrics.update(logged.callback)
@@ -206,7 +212,9 @@ class Fit:
         parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
         train, transfer, output = self._train, parts.transfer, parts.output
         batch_start, batch_end, validation = self._batch_start, self._batch_end, self._validation
-        accumulate = train.accumulate = parts.settings.accumulation_at(state.epoch)
+        accumulate = parts.settings.accumulation_at(state.epoch)
+        train.begin_epoch(accumulate)
+        self._handle.begin_epoch()
         manual, splits = not parts.module.automatic_optimization, bool(self._split_size())
         log_every = parts.settings.log_every_n_steps if output.wants_steps else 0
         refresh = Refresh(output.refresh_s) if output.refresh_s != float("inf") else None

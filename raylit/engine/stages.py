@@ -71,7 +71,7 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
             on_exception(error)
         raise
     finally:
-        state.loop = None
+        state.loop, state.live_metrics = None, None
         module.__dict__.pop("_run", None)
         if parts.datamodule is not None:
             parts.datamodule.__dict__.pop("trainer", None)
