@@ -151,7 +151,8 @@ def _note_place(parts: Parts, error: BaseException) -> None:
     place: dict[str, Any] = {"stage": state.stage.value if state.stage else None, "global_step": state.global_step}
     if state.stage is Stage.FIT:
         place["epoch"] = state.epoch
-        place["batch_idx"] = state.batch_idx
+        if state.batch_idx >= 0:  # -1: before the first batch
+            place["batch_idx"] = state.batch_idx
     if state.loop is not None:
         place["loop"] = state.loop.value
     error.raylit_where = place  # type: ignore[attr-defined]

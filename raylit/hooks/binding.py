@@ -39,7 +39,8 @@ def check_signature(
                 keywords.update({each: index[each] for each in new})
                 names.update(new)
         elif parameter.kind is parameter.VAR_POSITIONAL:
-            if not spec.by_name and not spec.extra and in_row:
+            # Of an ``extra`` hook that names an argument before them, they are the caller's own.
+            if not spec.by_name and in_row and not (spec.extra and next_plain):
                 picks.extend(range(next_plain, len(spec.plain)))
                 next_plain = len(spec.plain)
         elif spec.by_name or name in spec.named or parameter.kind is parameter.KEYWORD_ONLY:

@@ -129,6 +129,7 @@ def test_lr_scheduler_step_of_both_eras(source, expected):
         ("loss, *args, **kwargs", dict(loss="L", args=(), kwargs={})),
         ("loss, optimizer, optimizer_idx, *args, **kwargs",
          dict(loss="L", optimizer="opt", optimizer_idx=0, args=(), kwargs={})),
+        ("*args, **kwargs", dict(args=("L", "opt", 0), kwargs={})),  # hands everything to super()
     ],
 )  # fmt: skip
 def test_backward_of_both_eras(source, expected):
@@ -223,7 +224,7 @@ def test_adapt_gives_what_was_asked_for(drawn: tuple[HookSpec, str]):
     if "*args" in source:
         before = [name for name in source.split("*args")[0].replace(" ", "").split(",") if name]
         positional = [name for name in before if name in spec.plain]
-        rest = () if spec.by_name or spec.extra else spec.plain[len(positional):]
+        rest = () if spec.by_name or (spec.extra and positional) else spec.plain[len(positional):]
         assert args == tuple(values[name] for name in rest)
 
 
