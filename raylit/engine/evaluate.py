@@ -94,7 +94,7 @@ class Evaluation:
                 metrics.place = place
         finally:
             _call(self._model_train, self._parts.restore_modes)
-            state.loop = outer
+        state.loop = outer  # not after an exception: where the run stood is read off later
         self._parts.output.loop_end(state, self._loop, logged.callback)
         return _per_loader(logged.callback, len(loaders)), kept
 
