@@ -1,4 +1,4 @@
-"""Callback: what a person hangs beside the Module. Floor 1; runs on every worker, its state comes back to the caller."""
+"""Callback: what a person hangs beside the Module. Floor 1; runs on every worker, its state comes back."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class ModuleRun(Protocol):
 
 
 class Module(HyperparametersMixin, nn.Module):
-    """A ``torch.nn.Module`` with hooks. Only ``training_step`` and ``configure_optimizers`` must be written to train."""
+    """A ``torch.nn.Module`` with hooks. Only ``training_step`` and ``configure_optimizers`` must be there to train."""
 
     # False: ``training_step`` calls backward and steps itself (manual optimisation).
     automatic_optimization: bool = True
@@ -164,7 +164,7 @@ class Module(HyperparametersMixin, nn.Module):
         optimizer.zero_grad()
 
     def lr_scheduler_step(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-        """(scheduler, metric†, optimizer_idx†): step a scheduler that is due; ``metric`` is None or what it monitors."""
+        """(scheduler, metric†, optimizer_idx†): step a scheduler that is due; ``metric`` is None or its monitor's."""
         # Lightning 1.x's super call has the index before the metric, 2.x's has no index: an int is the index.
         given = [value for value in args if value is not None and type(value) is not int]
         metric = kwargs.get("metric", given[0] if given else None)
@@ -174,7 +174,7 @@ class Module(HyperparametersMixin, nn.Module):
             scheduler.step(metric)
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """(optimizer, optimizer_idx†, gradient_clip_val, gradient_clip_algorithm), any of them by name: clip before the step."""
+        """(optimizer, optimizer_idx†, gradient_clip_val, gradient_clip_algorithm), by name: clip before the step."""
         # A super call by position: (optimizer, value, algorithm), or Lightning 1.x's with the index before the value.
         value, algorithm = (*args[len(args) // 3 :], None, None)[:2]
         value = kwargs.get("gradient_clip_val", value)
@@ -218,7 +218,7 @@ class Module(HyperparametersMixin, nn.Module):
 
     def manual_optimizer_step(self, optimizer: Optimizer, force_optimizer_step: bool = False,
                               optimizer_closure: Callable[[], Any] | None = None) -> Any:  # fmt: skip
-        """In manual optimisation: step and zero the gradients, every ``accumulate_grad_batches`` batches unless forced."""
+        """In manual optimisation: step and zero the gradients, each ``accumulate_grad_batches`` batches or by force."""
         run = self._attached("manual_optimizer_step")
         return run.manual_step(optimizer, force_optimizer_step, optimizer_closure)
 
@@ -230,8 +230,9 @@ class Module(HyperparametersMixin, nn.Module):
         tbptt_reduce_fx=torch.mean, tbptt_pad_token=0, enable_graph=False, sync_dist=False, sync_dist_op="mean",
         sync_dist_group=None, add_dataloader_idx=True, batch_size=None, metric_attribute=None, rank_zero_only=False)
 
-        In training batches the step's value by default, elsewhere the epoch's: weighted by batch size and reduced over all
-        workers. Outside a run it warns once and does nothing. Raises LogError where a right number cannot come of it.
+        In training batches the step's value by default, elsewhere the epoch's: weighted by batch size and reduced over
+        all workers. Outside a run it warns once and does nothing. Raises LogError where a right number cannot come of
+        it.
         """
         run = self._run
         if run is None:
@@ -256,7 +257,7 @@ class Module(HyperparametersMixin, nn.Module):
             self._run.print(sep.join(str(arg) for arg in args) + end)
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Gather a tensor, or each tensor of a nested collection, from all workers: a new leading dimension of world size."""
+        """Gather a tensor, or each of a nested collection, from all workers: a new leading dimension of world size."""
         if self._run is None:
             raise NotAttachedError("all_gather works while a run goes on: call it in a hook")
         if group is not None:

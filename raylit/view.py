@@ -1,7 +1,7 @@
 """What everyone but the engine sees of a run. Floor 1.
 
-``RunState`` is written by the engine alone. ``TrainerView`` is the read side of it: the ``trainer`` that hooks receive in a
-worker, and the base of the ``Trainer`` that the caller holds.
+``RunState`` is written by the engine alone. ``TrainerView`` is the read side of it: the ``trainer`` that hooks receive
+in a worker, and the base of the ``Trainer`` that the caller holds.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ class TrainerView:
         raise RaylitError("save_checkpoint works while a run goes on: call it in a hook")
 
     def _refuse_entry(self, name: str) -> ConfigError:
-        return ConfigError(f"trainer.{name}() cannot be called inside a run; call it in the script that made the Trainer")
+        advice = "call it in the script that made the Trainer"
+        return ConfigError(f"trainer.{name}() cannot be called inside a run; {advice}")
 
 
 class WorkerTrainer(TrainerView):

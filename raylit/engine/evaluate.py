@@ -45,7 +45,7 @@ class Evaluation:
         step = own(f"{name}_step")
         if step is None and loop is Loop.PREDICT:
             predict = parts.module.predict_step  # the default: forward
-            step = lambda batch, batch_idx, dataloader_idx: predict(batch)
+            step = lambda batch, batch_idx, dataloader_idx: predict(batch)  # noqa: E731
         self._step = step
         self._step_end = own(f"{name}_step_end") if loop is not Loop.PREDICT else None
         self._epoch_end = own(f"{name}_epoch_end") if loop is not Loop.PREDICT else None
@@ -204,4 +204,3 @@ def in_dataset_order(per_rank: list[list[list[Any]]]) -> list[list[Any]]:
         steps = max((len(column) for column in columns), default=0)
         merged.append([column[k] for k in range(steps) for column in columns if k < len(column)])
     return merged
-

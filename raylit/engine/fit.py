@@ -166,7 +166,11 @@ class Fit:
     def _begin_epoch(self) -> EpochOutputs | None:
         parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
         settings = parts.settings
-        if settings.reload_dataloaders_every_n_epochs and state.epoch and state.epoch % settings.reload_dataloaders_every_n_epochs == 0:
+        if (
+            settings.reload_dataloaders_every_n_epochs
+            and state.epoch
+            and state.epoch % settings.reload_dataloaders_every_n_epochs == 0
+        ):
             self._loader = parts.loaders.train()
             self._val_loaders = parts.loaders.evaluation("validate") if self._validation.possible else []
             self._set_length()
@@ -302,9 +306,7 @@ class Fit:
 
     def _validation_due(self, batch_idx: int, last: bool) -> bool:
         every = self._parts.settings.check_val_every_n_epoch
-        return validation_due(
-            batch_idx + 1, self._batches_done, last, self._interval, self._parts.state.epoch, every
-        )
+        return validation_due(batch_idx + 1, self._batches_done, last, self._interval, self._parts.state.epoch, every)
 
     def _validate(self) -> None:
         # One model is evaluated, not one a rank: its numbers must not depend on which rank saw which sample.
@@ -372,7 +374,9 @@ class Fit:
         if epochs_reached(state.epoch, state.max_epochs):
             return True
         self._ask_to_stop()
-        return self._stop_now and may_stop(state.epoch, state.global_step, settings.min_epochs or 0, settings.min_steps or 0)
+        return self._stop_now and may_stop(
+            state.epoch, state.global_step, settings.min_epochs or 0, settings.min_steps or 0
+        )
 
     def _call(self, name: str) -> None:
         hook = self._parts.hooks.event(name)

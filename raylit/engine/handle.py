@@ -36,7 +36,9 @@ class ModuleHandle:
         """Hand over the optimizers of the fit."""
         self._plan, self._train = plan, train
         manual = not self._parts.module.automatic_optimization
-        self._managed = [_managed(o, self, i) for i, o in enumerate(plan.optimizers)] if manual else list(plan.optimizers)
+        self._managed = (
+            [_managed(o, self, i) for i, o in enumerate(plan.optimizers)] if manual else list(plan.optimizers)
+        )
         self._toggle = Toggle(plan.optimizers, self._parts.module.parameters())
         train.without_logging = self._without_logging
 
@@ -79,7 +81,9 @@ class ModuleHandle:
     def manual_backward(self, loss: Tensor, optimizer: Optimizer | None, args: tuple[Any, ...],
                         kwargs: dict[str, Any]) -> None:  # fmt: skip
         if self._parts.module.automatic_optimization:
-            raise HookError("manual_backward needs manual optimisation: set automatic_optimization = False on the Module")
+            raise HookError(
+                "manual_backward needs manual optimisation: set automatic_optimization = False on the Module"
+            )
         event, own = self._parts.hooks.event, self._parts.hooks.own
         before, after, override = event("on_before_backward"), event("on_after_backward"), own("backward")
         if before is not None:
@@ -204,7 +208,7 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 
 class _Step(property):
-    """``step`` of a managed optimizer: goes before the ``step`` that a scheduler has put into the shared ``__dict__``."""
+    """``step`` of a managed optimizer: goes before the one that a scheduler has put into the shared ``__dict__``."""
 
     hooked = True  # torch, which wraps each optimizer class's step once, takes it as done
 

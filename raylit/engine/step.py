@@ -7,8 +7,8 @@
         step, where the accumulation group is done:
                on_before_optimizer_step -> clip -> optimizer_step -> on_before_zero_grad -> optimizer_zero_grad
 
-Everything that this file calls is bound in ``__init__``. A hook that nobody overrides is None there, and a batch compares
-it with None and goes on.
+Everything that this file calls is bound in ``__init__``. A hook that nobody overrides is None there, and a batch
+compares it with None and goes on.
 """
 
 from __future__ import annotations
@@ -271,7 +271,13 @@ class _Closure:
     """The closure that ``optimizer_step`` is given: the pass's loss at first, a new pass on each later call."""
 
     def __init__(
-        self, batch: TrainBatch, optimizer: Optimizer, batch_idx: int, index: int, passes: list[Pass], loss: Tensor | None
+        self,
+        batch: TrainBatch,
+        optimizer: Optimizer,
+        batch_idx: int,
+        index: int,
+        passes: list[Pass],
+        loss: Tensor | None,
     ) -> None:
         self._batch, self._optimizer, self._batch_idx, self._index = batch, optimizer, batch_idx, index
         self._passes, self._loss = passes, loss

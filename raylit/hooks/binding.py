@@ -19,9 +19,9 @@ def check_signature(
 ) -> tuple[list[int], dict[str, int], frozenset[str]]:
     """Return what ``function`` wants of the hook's arguments, as places in ``spec.arguments``.
 
-    These are: the places to give by position, in the order of the signature; those to give by name; and the names of all
-    that it gets because it names them (or takes ``**kwargs``). Raises HookError where it asks for a name that the hook
-    does not have.
+    These are: the places to give by position, in the order of the signature; those to give by name; and the names of
+    all that it gets because it names them (or takes ``**kwargs``). Raises HookError where it asks for a name that the
+    hook does not have.
     """
     picks: list[int] = []
     keywords: dict[str, int] = {}

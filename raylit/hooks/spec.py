@@ -1,8 +1,8 @@
 """Every hook and all the arguments it can be given, in order. Floor 1: values only.
 
-``plain`` arguments are given by position as far as an override's signature reaches; ``named`` ones (marked with a dagger
-in the documentation) only to an override that names them or takes ``**kwargs``. ``by_name`` hooks receive any subset of
-their arguments by name.
+``plain`` arguments are given by position as far as an override's signature reaches; ``named`` ones (marked with a
+dagger in the documentation) only to an override that names them or takes ``**kwargs``. ``by_name`` hooks receive any
+subset of their arguments by name.
 """
 
 from __future__ import annotations

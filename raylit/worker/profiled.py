@@ -28,7 +28,7 @@ class ProfiledRun(Callback):
         self.profiler.start("run_training_epoch")
 
     # Without naming outputs: they would be kept for it.
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         self.profiler.stop("run_training_epoch")
 
     def on_train_batch_start(

@@ -55,7 +55,9 @@ def by_hand(
     return model, optimizer
 
 
-def check(tmp_path: Path, module: Net, loader: Any, expected: tuple[nn.Module, torch.optim.Optimizer], **arguments: Any):
+def check(
+    tmp_path: Path, module: Net, loader: Any, expected: tuple[nn.Module, torch.optim.Optimizer], **arguments: Any
+):
     trainer = quiet(tmp_path, max_epochs=EPOCHS, **arguments)
     before = [p.detach().clone() for p in module.parameters()]
     torch.manual_seed(77)
@@ -236,9 +238,13 @@ class Gan(raylit.Module):
         return [{"optimizer": o, "frequency": n} for o, n in zip(made, self._frequencies)]
 
 
-def step_alone(loss: Tensor, own: nn.Module, optimizer: torch.optim.Optimizer, scale: int = 1, step: bool = True) -> None:
+def step_alone(
+    loss: Tensor, own: nn.Module, optimizer: torch.optim.Optimizer, scale: int = 1, step: bool = True
+) -> None:
     """Gradients for ``own`` alone, added up as backward does."""
-    for parameter, gradient in zip(own.parameters(), torch.autograd.grad(loss / scale if scale > 1 else loss, [*own.parameters()])):
+    for parameter, gradient in zip(
+        own.parameters(), torch.autograd.grad(loss / scale if scale > 1 else loss, [*own.parameters()])
+    ):
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     if step:
         optimizer.step()
@@ -310,9 +316,7 @@ class Recurrent(nn.Module):
 
 def sequences() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(9)
-    return [
-        (torch.randn(2, 7, 3, generator=generator), torch.randn(2, 7, 1, generator=generator)) for _ in range(4)
-    ]
+    return [(torch.randn(2, 7, 3, generator=generator), torch.randn(2, 7, 1, generator=generator)) for _ in range(4)]
 
 
 @both
@@ -433,9 +437,7 @@ class ManualLightning1(Net):
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_manual(tmp_path, make, loader, style, clip):
     clipping = None if clip is None else lambda p: nn.utils.clip_grad_norm_(p, clip)
-    trainer = check(
-        tmp_path, style(make), loader(), by_hand(loader(), make, clip=clipping), gradient_clip_val=clip
-    )
+    trainer = check(tmp_path, style(make), loader(), by_hand(loader(), make, clip=clipping), gradient_clip_val=clip)
     assert trainer.global_step == 7 * EPOCHS
 
 
@@ -447,7 +449,9 @@ def test_manual_accumulated(tmp_path, make):
             self.manual_backward(loss, self.optimizers())
             self.manual_optimizer_step(self.optimizers())
 
-    trainer = check(tmp_path, Module(make), batches(), by_hand(batches(), make, accumulate=3), accumulate_grad_batches=3)
+    trainer = check(
+        tmp_path, Module(make), batches(), by_hand(batches(), make, accumulate=3), accumulate_grad_batches=3
+    )
     assert trainer.global_step == 3 * EPOCHS
 
 

@@ -113,7 +113,7 @@ def test_frequencies_under_manual_optimisation_are_the_persons_business(tmp_path
     assert trainer.global_step == 4
 
 
-# -- 5.3 the closure ---------------------------------------------------------------------------------------------------
+# -- 5.3 the closure -------------------------------------------------------------------------------------------------
 class Watched(Numbers):
     """Notes passes and what optimizer_step sees; loss = weight * batch."""
 
@@ -131,7 +131,9 @@ def test_the_pass_is_done_before_optimizer_step_and_exactly_once(tmp_path):
     class Module(Watched):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_idx, optimizer_closure, on_tpu,
                            using_native_amp, using_lbfgs):  # fmt: skip
-            self.notes.append((epoch, batch_idx, optimizer_idx, float(self.weight.grad), on_tpu, using_native_amp, using_lbfgs))
+            self.notes.append(
+                (epoch, batch_idx, optimizer_idx, float(self.weight.grad), on_tpu, using_native_amp, using_lbfgs)
+            )
             optimizer.step()  # never calls the closure
 
     module = Module()
@@ -312,7 +314,7 @@ def test_passes_computed_anew_are_not_logged_again(tmp_path):
     assert float(trainer.callback_metrics["loss"]) == pytest.approx(weighted, rel=1e-6)
 
 
-# -- 5.3 accumulation --------------------------------------------------------------------------------------------------
+# -- 5.3 accumulation ------------------------------------------------------------------------------------------------
 def test_accumulation_schedule_and_short_groups_by_hand(tmp_path):
     class Module(Numbers):
         def __init__(self):
@@ -368,7 +370,7 @@ def test_a_stream_under_a_limit(tmp_path):
     assert stream.taken == 3
 
 
-# -- 5.4 outputs -------------------------------------------------------------------------------------------------------
+# -- 5.4 outputs -----------------------------------------------------------------------------------------------------
 class Collecting(Numbers):
     """Returns what it was told to; keeps what the epoch-end hook was given."""
 
@@ -537,7 +539,7 @@ def test_forward_only_lets_go_of_the_graph(tmp_path):
     assert len(alive) == 3 and trainer.global_step == 0
 
 
-# -- 5.5 global_step -----------------------------------------------------------------------------------------------------
+# -- 5.5 global_step -------------------------------------------------------------------------------------------------
 def test_global_step_counts_rounds_of_several_optimizers(tmp_path):
     trainer = quiet(tmp_path, max_epochs=3, accumulate_grad_batches=2)
     trainer.fit(Three(), numbers(1, 1, 1))
@@ -626,7 +628,7 @@ def test_max_epochs_minus_one_runs_until_someone_stops_it(tmp_path):
     assert trainer.current_epoch == 5
 
 
-# -- what training_step may return ---------------------------------------------------------------------------------------
+# -- what training_step may return -----------------------------------------------------------------------------------
 def fit_returning(tmp_path, make, **arguments):
     class Module(Numbers):
         def training_step(self, batch, batch_idx):
@@ -712,7 +714,7 @@ def test_forward_only(tmp_path):
     assert_same(dict(module.state_dict()), before)
 
 
-# -- hooks of the step -----------------------------------------------------------------------------------------------------
+# -- hooks of the step -----------------------------------------------------------------------------------------------
 def test_own_backward_zero_grad_and_clipping(tmp_path):
     class Module(Numbers):
         notes: list[Any] = []
@@ -744,7 +746,9 @@ def test_clipping_handed_to_super_in_every_style(tmp_path, style):
     class Module(Numbers):
         def configure_gradient_clipping(self, optimizer, optimizer_idx, gradient_clip_val, gradient_clip_algorithm):
             if style == "1.x":
-                super().configure_gradient_clipping(optimizer, optimizer_idx, gradient_clip_val, gradient_clip_algorithm)
+                super().configure_gradient_clipping(
+                    optimizer, optimizer_idx, gradient_clip_val, gradient_clip_algorithm
+                )
             elif style == "2.x":
                 super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             else:
@@ -785,7 +789,9 @@ def test_a_plateau_scheduler_whose_metric_is_missing(tmp_path, strict):
             return super().training_step(batch, batch_idx)
 
     if strict:
-        with pytest.raises(OptimizerError, match="ReduceLROnPlateau monitors 'val_loss', which is not logged.*train_loss"):
+        with pytest.raises(
+            OptimizerError, match="ReduceLROnPlateau monitors 'val_loss', which is not logged.*train_loss"
+        ):
             quiet(tmp_path).fit(Module(), numbers(1))
     else:
         quiet(tmp_path).fit(Module(), numbers(1))
@@ -806,7 +812,7 @@ def test_minus_one_ends_the_epoch_and_drops_the_open_group(tmp_path):
     assert trainer.global_step == 2 and module.ends == 2
 
 
-# -- 5.6 ---------------------------------------------------------------------------------------------------------------------
+# -- 5.6 -------------------------------------------------------------------------------------------------------------
 def test_detect_anomaly_names_step_and_loss(tmp_path):
     class Module(Numbers):
         def training_step(self, batch, batch_idx):
@@ -823,7 +829,9 @@ def test_detect_anomaly_names_the_parameter(tmp_path):
             self.weight.register_hook(lambda grad: grad / 0) if batch_idx == 1 else None
             return self.weight * batch.sum()
 
-    with pytest.raises(FloatingPointError, match=r"gradient of weight is not finite in epoch 0, batch 1 \(global_step 1\)"):
+    with pytest.raises(
+        FloatingPointError, match=r"gradient of weight is not finite in epoch 0, batch 1 \(global_step 1\)"
+    ):
         quiet(tmp_path, detect_anomaly=True).fit(Module(), numbers(1, 1))
 
 

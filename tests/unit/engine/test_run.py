@@ -1,4 +1,4 @@
-"""A run around its steps: validation, limits, stopping, evaluation, logging places, properties, exceptions, pickling."""
+"""A run around its steps: validation, limits, stopping, evaluation, logging, properties, exceptions, pickling."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def trace(tmp_path, train=3, val: Any = 1, **arguments) -> str:
     return " ".join(module.trace)
 
 
-# -- when validation runs ------------------------------------------------------------------------------------------------
+# -- when validation runs --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -107,8 +107,9 @@ def test_the_sanity_checks_metrics_are_forgotten(tmp_path):
             self.log("val", batch.sum(), prog_bar=True)
 
         def on_train_start(self):
-            self.after_sanity = [dict(m) for m in (
-                self.trainer.callback_metrics, self.trainer.logged_metrics, self.trainer.progress_bar_metrics)]  # fmt: skip
+            trainer = self.trainer
+            found = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
+            self.after_sanity = [dict(metrics) for metrics in found]
 
     module = Module()
     trainer = quiet(tmp_path, num_sanity_val_steps=2)
@@ -118,8 +119,10 @@ def test_the_sanity_checks_metrics_are_forgotten(tmp_path):
     assert trainer.history.num_rows == 1
 
 
-# -- how much runs ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("limit", "batches_run"), [(2, 2), (0.5, 2), (1.0, 5), (0.99, 4), (1, 1), (0, 0), (0.0, 0), (9, 5)])
+# -- how much runs ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("limit", "batches_run"), [(2, 2), (0.5, 2), (1.0, 5), (0.99, 4), (1, 1), (0, 0), (0.0, 0), (9, 5)]
+)
 def test_limits(tmp_path, limit, batches_run):
     names = [f"limit_{kind}_batches" for kind in ("train", "val", "test", "predict")]
     trainer, module = quiet(tmp_path, **dict.fromkeys(names, limit)), Traced()
@@ -195,7 +198,7 @@ def test_a_loader_that_gives_fewer_batches_than_it_says(tmp_path):
         quiet(tmp_path).fit(Numbers(), Liar())
 
 
-# -- stopping -----------------------------------------------------------------------------------------------------------------
+# -- stopping --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "epochs", "steps"),
     [
@@ -242,7 +245,7 @@ def test_max_time(tmp_path):
     assert trainer.global_step >= 4 and trainer.global_step < 50000 and trainer.current_epoch == 1
 
 
-# -- evaluation ---------------------------------------------------------------------------------------------------------------
+# -- evaluation ------------------------------------------------------------------------------------------------------
 class Modes(Net):
     """A net of whose parts one is kept in evaluation mode by its owner."""
 
@@ -370,7 +373,7 @@ def test_evaluation_keeps_outputs_only_where_an_epoch_end_hook_asks(tmp_path, ov
     assert most == 3 if overrides else most <= 1
 
 
-# -- random numbers and settings of torch ------------------------------------------------------------------------------------
+# -- random numbers and settings of torch ----------------------------------------------------------------------------
 def test_seed_makes_a_fit_repeatable(tmp_path):
     def weights(seed):
         module = Net(dropout=0.5)
@@ -383,7 +386,9 @@ def test_seed_makes_a_fit_repeatable(tmp_path):
     assert not torch.equal(weights(4)["net.0.weight"], first["net.0.weight"])
 
 
-@pytest.mark.parametrize(("value", "expected"), [(True, (True, False)), ("warn", (True, True)), (False, (False, False))])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(True, (True, False)), ("warn", (True, True)), (False, (False, False))]
+)
 def test_deterministic_holds_for_the_run_alone(tmp_path, value, expected):
     def now():
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -397,7 +402,7 @@ def test_deterministic_holds_for_the_run_alone(tmp_path, value, expected):
     assert module.during == expected and now() == (False, False)
 
 
-# -- callbacks -----------------------------------------------------------------------------------------------------------------
+# -- callbacks -------------------------------------------------------------------------------------------------------
 class Watch(raylit.Callback):
     def __init__(self, name: str) -> None:
         self.name, self.calls, self.errors = name, [], []
@@ -458,19 +463,26 @@ def test_exceptions_in_validation_and_test_say_so(tmp_path):
 
     with pytest.raises(RuntimeError) as caught:
         quiet(tmp_path).fit(Module(), numbers(1, 1), numbers(1))
-    assert caught.value.raylit_where == {"stage": "fit", "global_step": 2, "epoch": 0, "batch_idx": 1, "loop": "validation"}
+    assert caught.value.raylit_where == {
+        "stage": "fit",
+        "global_step": 2,
+        "epoch": 0,
+        "batch_idx": 1,
+        "loop": "validation",
+    }
     with pytest.raises(RuntimeError) as caught:
         quiet(tmp_path).test(Module(), numbers(1))
     assert caught.value.raylit_where == {"stage": "test", "global_step": 0, "loop": "test"}
 
 
-# -- where log may be called ------------------------------------------------------------------------------------------------------
+# -- where log may be called -----------------------------------------------------------------------------------------
 BATCH_HOOKS = ["training_step", "on_train_batch_start", "on_train_batch_end", "on_before_backward", "on_after_backward",
                "on_before_zero_grad", "on_before_optimizer_step"]  # fmt: skip
 EPOCH_HOOKS = ["on_epoch_start", "on_train_epoch_start", "training_epoch_end", "on_train_epoch_end", "on_epoch_end",
-               "on_validation_start", "on_validation_epoch_start", "validation_epoch_end", "on_validation_epoch_end"]  # fmt: skip
-NO_EPOCH_HOOKS = ["on_fit_start", "setup", "configure_optimizers", "on_pretrain_routine_end", "on_train_start", "on_train_end",
-                  "on_validation_end", "teardown", "on_fit_end"]  # fmt: skip
+               "on_validation_start", "on_validation_epoch_start", "validation_epoch_end",
+               "on_validation_epoch_end"]  # fmt: skip
+NO_EPOCH_HOOKS = ["on_fit_start", "setup", "configure_optimizers", "on_pretrain_routine_end", "on_train_start",
+                  "on_train_end", "on_validation_end", "teardown", "on_fit_end"]  # fmt: skip
 
 
 def logging_in(hook: str, **settings: Any) -> raylit.Module:
@@ -558,7 +570,7 @@ def test_log_outside_a_run_warns_once_and_does_nothing():
     Numbers().log("x", 1.0)
 
 
-# -- properties ---------------------------------------------------------------------------------------------------------------------
+# -- properties ------------------------------------------------------------------------------------------------------
 def properties(module: raylit.Module) -> dict[str, Any]:
     names = """current_epoch global_step global_rank local_rank node_rank world_size device dtype hparams logger loggers
         datamodule precision use_amp use_ddp use_ddp2 use_dp use_tpu on_gpu automatic_optimization truncated_bptt_steps
@@ -582,8 +594,8 @@ def test_module_properties_before_during_and_after(tmp_path):
     assert before == {
         "current_epoch": 0, "global_step": 0, "global_rank": 0, "local_rank": 0, "node_rank": 0, "world_size": 1,
         "device": torch.device("cpu"), "dtype": torch.float32, "hparams": {}, "logger": None, "loggers": [],
-        "datamodule": None, "precision": "32-true", "use_amp": False, "use_ddp": False, "use_ddp2": False, "use_dp": False,
-        "use_tpu": False, "on_gpu": False, "automatic_optimization": True, "truncated_bptt_steps": 0,
+        "datamodule": None, "precision": "32-true", "use_amp": False, "use_ddp": False, "use_ddp2": False,
+        "use_dp": False, "use_tpu": False, "on_gpu": False, "automatic_optimization": True, "truncated_bptt_steps": 0,
         "example_input_array": None,
     }  # fmt: skip
     with pytest.raises(NotAttachedError, match=r"Module.trainer needs a run"):
@@ -607,7 +619,14 @@ def test_trainer_properties(tmp_path):
     class Module(Numbers):
         def note(self, where):
             t = self.trainer
-            seen[where] = (t.state.value, str(t.stage), t.training, t.sanity_checking, t.current_epoch, t.num_training_batches)
+            seen[where] = (
+                t.state.value,
+                str(t.stage),
+                t.training,
+                t.sanity_checking,
+                t.current_epoch,
+                t.num_training_batches,
+            )
 
         def on_fit_start(self):
             self.note("fit start")
@@ -636,7 +655,7 @@ def test_trainer_properties(tmp_path):
     assert trainer.model is module and trainer.state.value == "finished"
 
 
-# -- the Module as an object ----------------------------------------------------------------------------------------------------------
+# -- the Module as an object -----------------------------------------------------------------------------------------
 class Copies(Net):
     """At module level, so that it can be pickled."""
 

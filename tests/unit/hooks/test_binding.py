@@ -34,7 +34,8 @@ def got(source: str, spec: HookSpec = STEP, args: tuple[Any, ...] = GIVEN) -> di
         ("batch, batch_idx=0", {"batch": "B", "batch_idx": 7}),
         ("batch, batch_idx, optimizer_idx", {"batch": "B", "batch_idx": 7, "optimizer_idx": 1}),
         ("batch, batch_idx, hiddens", {"batch": "B", "batch_idx": 7, "hiddens": "H"}),
-        ("batch, batch_idx, hiddens, optimizer_idx", {"batch": "B", "batch_idx": 7, "optimizer_idx": 1, "hiddens": "H"}),
+        ("batch, batch_idx, hiddens, optimizer_idx",
+         {"batch": "B", "batch_idx": 7, "optimizer_idx": 1, "hiddens": "H"}),
         ("batch, batch_idx, optimizer_idx=None", {"batch": "B", "batch_idx": 7, "optimizer_idx": 1}),
         ("batch, optimizer_idx, batch_idx", {"batch": "B", "optimizer_idx": 1, "batch_idx": 7}),
         ("optimizer_idx, *args", {"optimizer_idx": 1, "args": ("B", 7)}),
@@ -77,17 +78,17 @@ STEP_ARGS = (2, 5, "opt", 1, "closure", False, True, False)
     [
         # Lightning 1.0
         ("epoch, batch_idx, optimizer, optimizer_idx, optimizer_closure, on_tpu, using_native_amp, using_lbfgs",
-         dict(epoch=2, batch_idx=5, optimizer="opt", optimizer_idx=1, optimizer_closure="closure", on_tpu=False,
-              using_native_amp=True, using_lbfgs=False)),
+         {"epoch": 2, "batch_idx": 5, "optimizer": "opt", "optimizer_idx": 1, "optimizer_closure": "closure",
+          "on_tpu": False, "using_native_amp": True, "using_lbfgs": False}),
         # Lightning 2
         ("epoch, batch_idx, optimizer, optimizer_closure=None",
-         dict(epoch=2, batch_idx=5, optimizer="opt", optimizer_closure="closure")),
+         {"epoch": 2, "batch_idx": 5, "optimizer": "opt", "optimizer_closure": "closure"}),
         # any subset, in any order
-        ("optimizer_closure, optimizer", dict(optimizer_closure="closure", optimizer="opt")),
-        ("epoch, *args", dict(epoch=2, args=())),
-        ("*args, **kwargs", dict(args=(), kwargs=dict(zip(MODULE_HOOKS["optimizer_step"].plain, STEP_ARGS)))),
-        ("*, using_native_amp", dict(using_native_amp=True)),
-        ("optimizer, /, epoch", dict(optimizer="opt", epoch=2)),
+        ("optimizer_closure, optimizer", {"optimizer_closure": "closure", "optimizer": "opt"}),
+        ("epoch, *args", {"epoch": 2, "args": ()}),
+        ("*args, **kwargs", {"args": (), "kwargs": dict(zip(MODULE_HOOKS["optimizer_step"].plain, STEP_ARGS))}),
+        ("*, using_native_amp", {"using_native_amp": True}),
+        ("optimizer, /, epoch", {"optimizer": "opt", "epoch": 2}),
     ],
 )  # fmt: skip
 def test_optimizer_step_is_given_by_name(source, expected):
@@ -98,10 +99,10 @@ def test_optimizer_step_is_given_by_name(source, expected):
     ("source", "expected"),
     [
         ("optimizer, optimizer_idx, gradient_clip_val, gradient_clip_algorithm",
-         dict(optimizer="opt", optimizer_idx=1, gradient_clip_val=0.5, gradient_clip_algorithm="norm")),
+         {"optimizer": "opt", "optimizer_idx": 1, "gradient_clip_val": 0.5, "gradient_clip_algorithm": "norm"}),
         ("optimizer, gradient_clip_val, gradient_clip_algorithm",
-         dict(optimizer="opt", gradient_clip_val=0.5, gradient_clip_algorithm="norm")),
-        ("gradient_clip_val", dict(gradient_clip_val=0.5)),
+         {"optimizer": "opt", "gradient_clip_val": 0.5, "gradient_clip_algorithm": "norm"}),
+        ("gradient_clip_val", {"gradient_clip_val": 0.5}),
     ],
 )  # fmt: skip
 def test_gradient_clipping_is_given_by_name(source, expected):
@@ -111,9 +112,9 @@ def test_gradient_clipping_is_given_by_name(source, expected):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("scheduler, optimizer_idx, metric", dict(scheduler="S", optimizer_idx=1, metric=0.3)),  # Lightning 1.x
-        ("scheduler, metric", dict(scheduler="S", metric=0.3)),  # Lightning 2
-        ("scheduler", dict(scheduler="S")),
+        ("scheduler, optimizer_idx, metric", {"scheduler": "S", "optimizer_idx": 1, "metric": 0.3}),  # Lightning 1.x
+        ("scheduler, metric", {"scheduler": "S", "metric": 0.3}),  # Lightning 2
+        ("scheduler", {"scheduler": "S"}),
     ],
 )
 def test_lr_scheduler_step_of_both_eras(source, expected):
@@ -123,13 +124,13 @@ def test_lr_scheduler_step_of_both_eras(source, expected):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("loss", dict(loss="L")),  # Lightning 2
-        ("loss, optimizer, optimizer_idx", dict(loss="L", optimizer="opt", optimizer_idx=0)),  # Lightning 1.0
+        ("loss", {"loss": "L"}),  # Lightning 2
+        ("loss, optimizer, optimizer_idx", {"loss": "L", "optimizer": "opt", "optimizer_idx": 0}),  # Lightning 1.0
         # The override's *args and **kwargs are those of the caller, as both eras pass them on to Tensor.backward.
-        ("loss, *args, **kwargs", dict(loss="L", args=(), kwargs={})),
+        ("loss, *args, **kwargs", {"loss": "L", "args": (), "kwargs": {}}),
         ("loss, optimizer, optimizer_idx, *args, **kwargs",
-         dict(loss="L", optimizer="opt", optimizer_idx=0, args=(), kwargs={})),
-        ("*args, **kwargs", dict(args=("L", "opt", 0), kwargs={})),  # hands everything to super()
+         {"loss": "L", "optimizer": "opt", "optimizer_idx": 0, "args": (), "kwargs": {}}),
+        ("*args, **kwargs", {"args": ("L", "opt", 0), "kwargs": {}}),  # hands everything to super()
     ],
 )  # fmt: skip
 def test_backward_of_both_eras(source, expected):
@@ -156,8 +157,18 @@ def test_backward_passes_the_callers_own_arguments_on():
 @pytest.mark.parametrize(
     ("hook", "source", "asked", "accepted"),
     [
-        ("training_step", "batch, batch_idx, dataloader_idx", "dataloader_idx", "batch, batch_idx, optimizer_idx, hiddens"),
-        ("training_step", "batch, batch_idx, *, optimiser_idx", "optimiser_idx", "batch, batch_idx, optimizer_idx, hiddens"),
+        (
+            "training_step",
+            "batch, batch_idx, dataloader_idx",
+            "dataloader_idx",
+            "batch, batch_idx, optimizer_idx, hiddens",
+        ),
+        (
+            "training_step",
+            "batch, batch_idx, *, optimiser_idx",
+            "optimiser_idx",
+            "batch, batch_idx, optimizer_idx, hiddens",
+        ),
         ("on_train_epoch_end", "results", "results", "outputs"),
         ("on_fit_start", "trainer", "trainer", "no arguments"),
         ("setup", "stage, more", "more", "stage"),
@@ -177,15 +188,22 @@ def test_callbacks_get_trainer_and_module_first():
     spec = CALLBACK_HOOKS["on_train_batch_end"]
     args = ("T", "M", "O", "B", 3, 0)
     assert got("trainer, pl_module", spec, args) == {"trainer": "T", "pl_module": "M"}
-    assert got("t, m, outputs, batch, batch_idx, dataloader_idx", spec, args) == dict(
-        t="T", m="M", outputs="O", batch="B", batch_idx=3, dataloader_idx=0
-    )
+    assert got("t, m, outputs, batch, batch_idx, dataloader_idx", spec, args) == {
+        "t": "T",
+        "m": "M",
+        "outputs": "O",
+        "batch": "B",
+        "batch_idx": 3,
+        "dataloader_idx": 0,
+    }
     assert got("*args", spec, args) == {"args": ("T", "M", "O", "B", 3)}
-    with pytest.raises(HookError, match=r"Net.on_train_batch_end asks for 'unused'.*It may take: trainer, module, outputs"):
+    with pytest.raises(
+        HookError, match=r"Net.on_train_batch_end asks for 'unused'.*It may take: trainer, module, outputs"
+    ):
         got("t, m, outputs, batch, batch_idx, unused", spec, args)
 
 
-# -- property: adapt gives each parameter what its name or place stands for ---------------------------------------------
+# -- property: adapt gives each parameter what its name or place stands for ------------------------------------------
 @st.composite
 def signatures(draw: Any) -> tuple[HookSpec, str]:
     spec = draw(st.sampled_from(sorted({**MODULE_HOOKS}.values(), key=lambda s: s.name)))
@@ -224,11 +242,11 @@ def test_adapt_gives_what_was_asked_for(drawn: tuple[HookSpec, str]):
     if "*args" in source:
         before = [name for name in source.split("*args")[0].replace(" ", "").split(",") if name]
         positional = [name for name in before if name in spec.plain]
-        rest = () if spec.by_name or (spec.extra and positional) else spec.plain[len(positional):]
+        rest = () if spec.by_name or (spec.extra and positional) else spec.plain[len(positional) :]
         assert args == tuple(values[name] for name in rest)
 
 
-# -- super() ----------------------------------------------------------------------------------------------------------
+# -- super() ---------------------------------------------------------------------------------------------------------
 def _own(cls: type, name: str) -> bool:
     return name in vars(cls) and name not in ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -255,7 +273,7 @@ def test_a_callback_may_hand_everything_to_super(name):
     signature.bind("self", *spec.plain)
 
 
-# -- the table ----------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------------------------
 def table(module: Module, *callbacks: Callback) -> HookTable:
     return HookTable(module, Module, callbacks, Callback, "T")
 
@@ -370,7 +388,8 @@ def test_every_hook_of_the_contract_is_in_the_tables():
         validation_step_end test_step_end validation_epoch_end test_epoch_end configure_optimizers configure_callbacks
         configure_model prepare_data setup teardown train_dataloader val_dataloader test_dataloader predict_dataloader
         transfer_batch_to_device on_before_batch_transfer on_after_batch_transfer tbptt_split_batch backward
-        optimizer_step optimizer_zero_grad lr_scheduler_step configure_gradient_clipping get_progress_bar_dict""".split()
+        optimizer_step optimizer_zero_grad lr_scheduler_step configure_gradient_clipping
+        get_progress_bar_dict""".split()
     shared = """on_fit_start on_fit_end on_pretrain_routine_start on_pretrain_routine_end on_train_start on_train_end
         on_epoch_start on_epoch_end on_train_epoch_start on_train_epoch_end on_train_batch_start on_train_batch_end
         on_before_backward on_after_backward on_before_optimizer_step on_before_zero_grad on_save_checkpoint
@@ -385,8 +404,10 @@ def test_every_hook_of_the_contract_is_in_the_tables():
     assert {n: s.named for n, s in MODULE_HOOKS.items() if s.named} == {
         "training_step": ("optimizer_idx", "hiddens"),
         **{f"{x}_step": ("dataloader_idx",) for x in ("validation", "test", "predict")},
-        **{f"on_{x}_batch_{w}": ("dataloader_idx",) for x in ("train", "validation", "test", "predict") for w in ("start", "end")},
-        **{n: ("dataloader_idx",) for n in ("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer")},
+        **{f"on_{x}_batch_{w}": ("dataloader_idx",) for x in ("train", "validation", "test", "predict")
+           for w in ("start", "end")},
+        "transfer_batch_to_device": ("dataloader_idx",), "on_before_batch_transfer": ("dataloader_idx",),
+        "on_after_batch_transfer": ("dataloader_idx",),
         "on_train_epoch_end": ("outputs",), "on_before_optimizer_step": ("optimizer_idx",),
         "optimizer_zero_grad": ("optimizer_idx",), "lr_scheduler_step": ("metric", "optimizer_idx"),
     }  # fmt: skip
