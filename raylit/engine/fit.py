@@ -64,7 +64,7 @@ class Fit:
         self._sanity = Evaluation(parts, Loop.SANITY)
         self._val_loaders: list[LoaderLike] = []
         self._batches_done = 0  # since training began
-        self._stop_now = False
+        self._stop_now = self._ended = False
         self._deadline: float | None = None
         own, event = parts.hooks.own, parts.hooks.event
         self._batch_start, self._batch_end = event("on_train_batch_start"), event("on_train_batch_end")
@@ -227,8 +227,12 @@ class Fit:
         poll = 1 if not self._several else _STOP_POLL_BATCHES
         timed = self._deadline is not None
         self._loader.set_epoch(state.epoch)
-        batch_idx, last = -1, False
-        for batch_idx, (batch, last) in enumerate(self._with_last()):
+        # Where the number is known nothing is looked up ahead, and not one batch too many is loaded.
+        final = self._total - 1 if self._known and self._total is not None else -2
+        batches_of_epoch = zip(range(final + 1), self._loader) if final > -2 else self._looked_ahead()
+        batch_idx, self._ended = -1, False
+        for batch_idx, batch in batches_of_epoch:
+            last = batch_idx == final or self._ended
             state.batch_idx = batch_idx
             if transfer is not None:
                 batch = transfer(batch, 0)
@@ -265,35 +269,28 @@ class Fit:
                 self._ask_to_stop()
             if self._stop_now:
                 break
+        else:
+            if batch_idx < final:
+                raise DataError(
+                    f"the training loader said that it has {final + 1} batches and gave {batch_idx + 1}; "
+                    "its __len__ must be the number of batches that it yields"
+                )
         if batch_idx < 0:
             raise DataError("the training loader gave no batch; look at its data set, batch_size and drop_last")
 
-    def _with_last(self) -> Iterator[tuple[Any, bool]]:
-        """Yield this rank's batches and whether each is the epoch's last.
+    def _looked_ahead(self) -> Iterator[tuple[int, Any]]:
+        """Yield batches of an unknown number with their index; ``_ended`` is set when the last one is out.
 
-        Where the number is known nothing is looked up ahead. Where it is not, one batch is; and several workers agree
-        before each batch that all of them have one, since DDP would wait for ever for a rank that has run out.
+        One batch is looked up ahead, and several workers agree before each batch that all of them have one, since DDP
+        would wait for ever for a rank that has run out.
         """
-        total = self._total
-        if self._known:
-            assert total is not None
-            if total <= 0:
-                return
-            for count, batch in enumerate(self._loader, start=1):
-                yield batch, count == total
-                if count == total:
-                    return
-            raise DataError(
-                f"the training loader said that it has {total} batches and gave fewer; "
-                "its __len__ must be the number of batches that it yields"
-            )
-        iterator = iter(self._loader)
+        total, iterator = self._total, iter(self._loader)
         count, current = 0, next(iterator, self)
         while self._all_have(current is not self) and (total is None or count < total):
             following = next(iterator, self) if total is None or count + 1 < total else self
-            more = self._all_have(following is not self)
-            yield current, not more
-            if not more:
+            self._ended = not self._all_have(following is not self)
+            yield count, current
+            if self._ended:
                 return
             current, count = following, count + 1
 

@@ -194,7 +194,7 @@ def test_a_loader_that_gives_fewer_batches_than_it_says(tmp_path):
         def __iter__(self):
             return iter(numbers(1, 2))
 
-    with pytest.raises(DataError, match="said that it has 3 batches and gave fewer"):
+    with pytest.raises(DataError, match="said that it has 3 batches and gave 2"):
         quiet(tmp_path).fit(Numbers(), Liar())
 
 
