@@ -178,7 +178,7 @@ def local_folder(run_folder: str | None) -> str | None:
 def pick_strategy(asked: Any, world: World, device: torch.device, sync_batchnorm: bool) -> Strategy:
     """The strategy's object for this worker."""
     if isinstance(asked, str) and asked not in ("auto", "ddp"):
-        raise ConfigError(f"strategy={asked!r} is not there yet; accepted now: 'auto', 'ddp', or a raylit.strategies.DDP")
+        raise ConfigError(f"strategy={asked!r} is not there yet; accepted: 'auto', 'ddp', or a raylit.strategies.DDP")
     if world.world_size == 1:
         return SingleDevice(device, LocalCollective(device))
     ddp = DDP() if isinstance(asked, str) else asked

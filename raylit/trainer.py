@@ -23,14 +23,14 @@ from raylit.view import RunState, TrainerView
 
 
 class RunInterrupted(SystemExit, KeyboardInterrupt):
-    """Ctrl-C ended the run. Not caught, it ends the script with code 130 and no traceback; it is a KeyboardInterrupt."""
+    """Ctrl-C ended the run. Not caught, it ends the script with code 130 and no traceback."""
 
 
 class Trainer(TrainerView):
     """Runs a Module: in this process (``num_workers=0``), or on N Ray Train workers.
 
-    Keyword arguments only; the table of all of them, with defaults, is in ``docs/trainer.md``. What happens in training has
-    Lightning's names (``max_epochs``, ``accumulate_grad_batches``, ``precision``, ...), where it runs has Ray's
+    Keyword arguments only; the table of all of them, with defaults, is in ``docs/trainer.md``. What happens in training
+    has Lightning's names (``max_epochs``, ``accumulate_grad_batches``, ``precision``, ...), where it runs has Ray's
     (``num_workers``, ``use_gpu``, ``resources_per_worker``, ``storage_path``, ``name``, ...). Raises ConfigError or
     UnknownArgumentError at construction for what is unknown, contradictory or impossible.
     """
@@ -100,7 +100,8 @@ class Trainer(TrainerView):
         fit = self._config.fit
         for callback in fit.callbacks:
             if not isinstance(callback, Callback):
-                raise ConfigError(f"Trainer(callbacks=[...]) takes raylit.Callback objects; got {type(callback).__name__}")
+                kind = type(callback).__name__
+                raise ConfigError(f"Trainer(callbacks=[...]) takes raylit.Callback objects; got {kind}")
         self._state.callbacks = list(fit.callbacks)
         self._state.max_epochs = -1 if fit.epoch_limit is None else fit.epoch_limit
         self._state.max_steps = -1 if fit.step_limit is None else fit.step_limit
@@ -112,8 +113,8 @@ class Trainer(TrainerView):
             ckpt_path: Any = None, *, hparams: dict[str, Any] | None = None, **unknown: Any) -> Any:  # fmt: skip
         """Train ``model`` and return Ray's ``Result`` (in process: an object with the same fields).
 
-        ``model``: a Module, or a Module class with ``hparams`` for its ``__init__``. Afterwards ``model`` holds rank 0's
-        weights, buffers and changed attributes. Raises what the Module raised, as the same type.
+        ``model``: a Module, or a Module class with ``hparams`` for its ``__init__``. Afterwards ``model`` holds rank
+        0's weights, buffers and changed attributes. Raises what the Module raised, as the same type.
         """
         refuse_unknown("fit", unknown, _arguments(Trainer.fit))
         if inspect.isclass(model) and issubclass(model, Module):
@@ -127,7 +128,8 @@ class Trainer(TrainerView):
         try:
             return runs.fit(self, model, given, datamodule, ckpt_path)
         except Exception as error:
-            raise faults.for_caller(error)  # noqa: B904  it is the same exception
+            failed = faults.for_caller(error)
+        raise failed
 
     def validate(self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None,
                  **unknown: Any) -> list[dict[str, float]]:  # fmt: skip
@@ -158,7 +160,8 @@ class Trainer(TrainerView):
         try:
             return runs.evaluate(self, stage, model, {stage.value: dataloaders}, datamodule, ckpt_path)
         except Exception as error:
-            raise faults.for_caller(error)  # noqa: B904  it is the same exception
+            failed = faults.for_caller(error)
+        raise failed
 
     # -- checks --------------------------------------------------------------------------------------------------
     def _check_model(self, model: Any, entry: str) -> Module:
@@ -167,9 +170,8 @@ class Trainer(TrainerView):
         if model is None:
             raise ConfigError(f"trainer.{entry}() needs a model: pass a raylit.Module")
         hint = f"; pass an object: {model.__name__}(...)" if inspect.isclass(model) else ""
-        raise ConfigError(
-            f"trainer.{entry}() takes a raylit.Module; got {model if inspect.isclass(model) else type(model).__name__}{hint}"
-        )
+        given = model if inspect.isclass(model) else type(model).__name__
+        raise ConfigError(f"trainer.{entry}() takes a raylit.Module; got {given}{hint}")
 
     def _datamodule(self, datamodule: Any, loaders: Any, entry: str) -> DataModule | None:
         if isinstance(loaders, DataModule):

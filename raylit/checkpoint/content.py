@@ -25,7 +25,7 @@ _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 def plain(value: Any) -> bool:
-    """Tell whether ``weights_only`` loading gives ``value`` back: tensors and plain values, nested in dicts and lists."""
+    """Tell whether ``weights_only`` loading gives ``value`` back: tensors and plain values, in dicts and lists."""
     if isinstance(value, Tensor) or type(value) in _PLAIN:
         return True
     if type(value) in (list, tuple, set):
@@ -38,7 +38,7 @@ def safe_hparams(params: Mapping[str, Any], owner: str) -> dict[str, Any]:
     lost = [name for name, value in params.items() if not plain(value)]
     if lost:
         warnings.warn(
-            f"hyperparameters of {owner} left out of the checkpoint, since they are no plain values: {', '.join(lost)}. "
+            f"hyperparameters of {owner} left out of the checkpoint, as they are no plain values: {', '.join(lost)}. "
             "Pass them to load_from_checkpoint.",
             UserWarning,
             stacklevel=2,
@@ -70,7 +70,7 @@ def collect(state: RunState) -> dict[str, Any]:
 
 
 def apply(checkpoint: dict[str, Any], state: RunState) -> None:
-    """Put optimizers, schedulers, callbacks and the DataModule back as a checkpoint has them (the weights come before)."""
+    """Put optimizers, schedulers, callbacks and DataModule back as a checkpoint has them; weights come before."""
     for what, objects in (("optimizer_states", state.optimizers), ("lr_schedulers", state.lr_schedulers)):
         saved = checkpoint.get(what, [])
         if len(saved) != len(objects):

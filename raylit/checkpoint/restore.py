@@ -11,8 +11,9 @@ from raylit.errors import CheckpointError
 
 
 def build_from_checkpoint(
-    cls: type[Any], path: Any, map_location: Any, strict: bool, hparams_file: str | Path | None, overrides: dict[str, Any]
-) -> Any:
+    cls: type[Any], path: Any, map_location: Any, strict: bool, hparams_file: str | Path | None,
+    overrides: dict[str, Any],
+) -> Any:  # fmt: skip
     """Return ``cls(**hyperparameters)`` with the checkpoint's weights, in evaluation-neutral mode (as constructed)."""
     checkpoint = read(path, map_location or "cpu")
     params = dict(checkpoint.get("hyper_parameters") or {})

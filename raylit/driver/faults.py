@@ -1,7 +1,7 @@
 """How an exception of a run reaches the caller: its own type, the person's own frames, one line on where. Floor 5.
 
-An error on a worker comes without frames of this process (see ``worker/failure.py``); one in this process keeps the frames
-of the person's code and of torch, and loses those of raylit between them, which say nothing about the mistake.
+An error on a worker comes without frames of this process (see ``worker/failure.py``); one in this process keeps the
+frames of the person's code and of torch, and loses those of raylit between them, which say nothing about the mistake.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def for_caller(error: Exception) -> Exception:
 def _note(error: Exception) -> None:
     """Say where the run stood; Python 3.10 shows no notes."""
     where = getattr(error, "raylit_where", None)
-    if not where or sys.version_info < (3, 11) or isinstance(error, RaylitError) and "loop" not in where:
+    if not where or sys.version_info < (3, 11) or (isinstance(error, RaylitError) and "loop" not in where):
         return
     names = {"epoch": "epoch", "batch_idx": "batch", "global_step": "step"}
-    place = [str(where["stage"])] + [f"{text} {where[key]}" for key, text in names.items() if where.get(key) is not None]
+    place = [str(where["stage"])]
+    place += [f"{text} {where[key]}" for key, text in names.items() if where.get(key) is not None]
     error.add_note(f"raised in {', '.join(place)}")

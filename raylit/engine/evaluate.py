@@ -45,7 +45,10 @@ class Evaluation:
         step = own(f"{name}_step")
         if step is None and loop is Loop.PREDICT:
             predict = parts.module.predict_step  # the default: forward
-            step = lambda batch, batch_idx, dataloader_idx: predict(batch)  # noqa: E731
+
+            def step(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+                return predict(batch)
+
         self._step = step
         self._step_end = own(f"{name}_step_end") if loop is not Loop.PREDICT else None
         self._epoch_end = own(f"{name}_epoch_end") if loop is not Loop.PREDICT else None

@@ -1,4 +1,4 @@
-"""Talk between the workers: ``ports.Collective`` over torch.distributed, and its one-process form. Floor 2, worker side.
+"""Talk between workers: ``ports.Collective`` over torch.distributed, and its one-process form. Floor 2, worker side.
 
 The process group is made by whoever started the workers (Ray Train). A group for CPU tensors is always there, so that
 asking the other ranks a yes or no never waits for the device.

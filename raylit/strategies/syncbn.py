@@ -1,8 +1,9 @@
 """Batch normalisation over the batches of all workers, on the CPU. Floor 2, worker side.
 
-torch's ``SyncBatchNorm`` refuses CPU tensors. This layer computes the same thing over gloo: mean and variance of the whole
-job's batch, weighted by each rank's number of values, with gradients that cross ranks (the all-reduce of torch.distributed.nn,
-whose backward is an all-reduce). Two small messages a layer: the mean first, so that the variance does not cancel.
+torch's ``SyncBatchNorm`` refuses CPU tensors. This layer computes the same thing over gloo: mean and variance of the
+whole job's batch, weighted by each rank's number of values, with gradients that cross ranks (the all-reduce of
+torch.distributed.nn, whose backward is an all-reduce). Two small messages a layer: the mean first, so that the variance
+does not cancel.
 """
 
 from __future__ import annotations

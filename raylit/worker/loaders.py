@@ -1,4 +1,4 @@
-"""Asks the person's objects for loaders and prepares them for this rank. Floor 4; on a worker or in the local process."""
+"""Asks the person's objects for loaders and prepares them for this rank. Floor 4; a worker or the local process."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class RunOutput:
         self._event({"kind": "epoch_start", "epoch": state.epoch, "total_batches": total})
 
     def progress(self, state: RunState, batches_done: int, total: int | None, loss: Tensor | None) -> None:
-        """Show how far the loop is, with the values of one refresh ago: those are there without waiting for the device."""
+        """Show how far the loop is, with the values of one refresh ago: these can be read without a wait."""
         known = self._shown.read() if self._shown is not None and self._shown.ready() else {}
         if self._shown is None or known:
             self._shown = Snapshot(self._numbers())
