@@ -12,6 +12,7 @@ DDP averages gradients of what runs through its ``forward``, so the forward here
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from raylit.errors import ConfigError, HookError
 from raylit.ports import Collective
 from raylit.strategies.collective import TorchCollective
-from raylit.strategies.syncbn import replace_batchnorm
+from raylit.strategies.syncbn import Converted, convert_batchnorm, restore_batchnorm
 
 _BUCKET_BYTES = 25 * 1024 * 1024  # as torch DDP's default bucket
 
@@ -41,6 +44,7 @@ class DDP:
         self._find_unused, self._options = find_unused_parameters, ddp_options
         self._ddp: DistributedDataParallel | None = None
         self._step: _Step | None = None
+        self._converted: Converted = []
         self.sync_batchnorm = False
 
     def attach(self, device: torch.device, collective: Collective | None = None) -> DDP:
@@ -53,49 +57,82 @@ class DDP:
         """Move the module to the device, convert its BatchNorm layers if asked, and start all ranks from rank 0."""
         if self.device.type != "cpu":
             module.to(self.device)
-        if self.sync_batchnorm:
-            if self.device.type == "cpu":
-                replace_batchnorm(module)
-            else:
-                nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-        for tensor in [*module.parameters(), *module.buffers()]:
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if is_lazy(tensor):
+                raise ConfigError(
+                    f"{name} belongs to a lazy layer, whose shape only the first batch would tell, and several workers "
+                    "must agree on it before: send a batch through the layer in setup()"
+                )
             # setup() or configure_model() may have drawn weights from each rank's own random state.
-            dist.broadcast(tensor.detach(), src=0)
+            _broadcast(tensor)
+        if self.sync_batchnorm:
+            self._converted = convert_batchnorm(module, self.device)
 
     def equalize_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers: BatchNorm's statistics have seen other batches since DDP last did so."""
         for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+            _broadcast(buffer)
 
     def wrap_training_step(
         self, module: nn.Module, step: Callable[..., Any], *, optimizers: int, manual: bool
     ) -> Callable[..., Any]:
         """Return DDP around ``step``, or ``step`` itself where there is no gradient to average on its way."""
         self._module = module
-        if manual or not optimizers or not any(p.requires_grad for p in module.parameters()):
+        if manual or not optimizers:
             return step
-        unused = optimizers > 1 if self._find_unused is None else self._find_unused
-        self._step = _Step(module, step, optimizers, self.device)
-        ids = [self.device.index or 0] if self.device.type == "cuda" else None
-        self._ddp = DistributedDataParallel(
-            self._step, device_ids=ids, find_unused_parameters=unused, **self._options
-        )
+        self._step, self._several = _Step(module, step, optimizers, self.device), optimizers > 1
+        self._parameters = list(module.parameters())
+        self._wrap([p.requires_grad for p in self._parameters])
         return self._run
 
+    def _wrap(self, learning: list[bool]) -> None:
+        """Make DDP over the parameters that learn. It takes note of them once, when it is made."""
+        unused = self._several if self._find_unused is None else self._find_unused
+        ids = [self.device.index or 0] if self.device.type == "cuda" else None
+        if self._ddp is not None:
+            self._ddp = None
+            gc.collect()  # its hooks on the parameters go with it, and it is part of a cycle
+        now = [p.requires_grad for p in self._parameters]
+        _set_learning(self._parameters, learning)
+        self._ddp = DistributedDataParallel(self._step, device_ids=ids, find_unused_parameters=unused, **self._options)
+        _set_learning(self._parameters, now)
+        self._learning = learning
+
+    def _follow(self, learning: list[bool]) -> None:
+        """Wrap anew where layers were frozen or thawed: DDP would not average a thawed one."""
+        if self._several:  # only the parameters of the optimizer at work require gradients now; DDP minds no unused one
+            learning = [now or known for now, known in zip(learning, self._learning, strict=True)]
+        if learning != self._learning:
+            self._wrap(learning)
+
     def _run(self, batch: Any, batch_idx: int, optimizer_idx: int | None, hiddens: Any) -> Any:
+        learning = [p.requires_grad for p in self._parameters]  # some 30 ns each
+        if learning != self._learning:
+            self._follow(learning)
         assert self._ddp is not None and self._step is not None
         output, zero = self._ddp(batch, batch_idx, optimizer_idx, hiddens)
         self._step.zero = zero
         return output
 
     def no_sync(self) -> AbstractContextManager[Any] | None:
-        """Return DDP's context in which backward does not all-reduce."""
-        assert self._ddp is not None
+        """Return DDP's context in which backward does not all-reduce; None where backward never does."""
+        if self._ddp is None:
+            return None
         context: AbstractContextManager[Any] = self._ddp.no_sync()
         return context
 
     def skip_pass(self) -> None:
-        """Send zeros where the other ranks send gradients."""
+        """Send zeros where the other ranks send gradients.
+
+        Raises HookError where BatchNorm layers are synchronised: the other ranks wait in the middle of
+        their pass for this one's statistics and gradients, which are not there.
+        """
+        if any(layer.training for layer, _ in self._converted):
+            raise HookError(
+                "training_step returned None, which it cannot do with sync_batchnorm=True on several workers: their "
+                "BatchNorm layers need every worker's batch. Return a loss of zero that depends on the output, such as "
+                "0 * output.sum()"
+            )
         if self._step is not None and self._step.zero is not None:
             zero, self._step.zero = self._step.zero, None
             zero.backward()  # type: ignore[no-untyped-call]
@@ -107,9 +144,11 @@ class DDP:
         anyone = mark is not None and bool(mark.item() != 0.0)
         if not anyone:
             self.end_group(optimizer_idx)
-            # Zeros were written where gradients were None; an optimizer would take them for gradients later.
+            # Zeros were written where gradients were None; an optimizer would take them for gradients later. Those of
+            # other optimizers, which require no gradient now, may be in the middle of a group.
             for parameter in self._module.parameters():
-                parameter.grad = None
+                if parameter.requires_grad:
+                    parameter.grad = None
         return anyone
 
     def end_group(self, optimizer_idx: int) -> None:
@@ -141,11 +180,13 @@ class DDP:
     def teardown(self) -> None:
         """Let go of DDP, so that the Module can travel home."""
         self._ddp = self._step = None
+        restore_batchnorm(self._converted)
+        self._converted = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Made by the person on the driver; what a worker adds stays there.
         return {"_find_unused": self._find_unused, "_options": self._options, "sync_batchnorm": self.sync_batchnorm,
-                "_ddp": None, "_step": None}  # fmt: skip
+                "_ddp": None, "_step": None, "_converted": []}  # fmt: skip
 
 
 class _Step(nn.Module):
@@ -173,6 +214,24 @@ class _Step(nn.Module):
         return output, zero
 
 
+def _broadcast(tensor: Tensor) -> None:
+    """Overwrite ``tensor`` with rank 0's. Collectives take dense tensors of real numbers alone."""
+    data = tensor.detach()
+    if not data.numel():
+        return
+    if data.is_complex():
+        data = torch.view_as_real(data)
+    sent = data.contiguous()
+    dist.broadcast(sent, src=0)
+    if sent is not data:
+        data.copy_(sent)
+
+
+def _set_learning(parameters: list[nn.Parameter], learning: list[bool]) -> None:
+    for parameter, flag in zip(parameters, learning, strict=True):
+        parameter.requires_grad_(flag)
+
+
 def _marked(loss: Tensor, mark: Tensor) -> Tensor:
     if not loss.requires_grad:
         return loss  # refused by the engine, which says why
@@ -191,4 +250,3 @@ def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
         buckets[-1].append(tensor)
         size += tensor.nbytes
     return buckets
-

@@ -1,21 +1,43 @@
-"""Batch normalisation over the batches of all workers, on the CPU. Floor 2, worker side.
+"""Batch normalisation over the batches of all workers. Floor 2, worker side.
 
-torch's ``SyncBatchNorm`` refuses CPU tensors. This layer computes the same thing over gloo: mean and variance of the
-whole job's batch, weighted by each rank's number of values, with gradients that cross ranks (the all-reduce of
-torch.distributed.nn, whose backward is an all-reduce). Two small messages a layer: the mean first, so that the variance
-does not cancel.
+torch's ``SyncBatchNorm`` refuses CPU tensors. ``SyncBatchNormCPU`` computes the same over gloo: mean and variance of
+the whole job's batch, weighted by each rank's number of values, with gradients that cross ranks. Two small messages a
+layer: the mean first, so that the variance does not cancel.
+
+A layer is converted by giving it another class, for the length of a run: it stays the object that it was, with its
+parameters, hooks and attributes, and goes home as the class that the person wrote.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as _all_reduce
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+Converted = list[tuple[nn.Module, type[nn.Module]]]  # each layer with the class that it had
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over the workers; the gradient is summed too."""
-    summed: Tensor = _all_reduce(tensor)  # type: ignore[no-untyped-call]
+class _SumOverWorkers(torch.autograd.Function):
+    """Sum over the workers. The backward pass sums too: each rank's value is in every rank's loss."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        summed = tensor.detach().clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        summed: Tensor = _SumOverWorkers.apply(grads[0].contiguous())  # type: ignore[no-untyped-call]
+        return summed
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    summed: Tensor = _SumOverWorkers.apply(tensor)  # type: ignore[no-untyped-call]
     return summed
 
 
@@ -29,24 +51,23 @@ class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the job's statistics in training, by the running ones in evaluation."""
         self._check_input_dim(input)
-        use_batch = self.training or self.running_mean is None
-        if not use_batch or not self.training:
+        if not self.training:
             return super().forward(input)
+        # As torch does: 16 bits hold neither a large count nor a sum of many values.
+        values = input.float() if input.dtype in _HALVES else input
         dims = [d for d in range(input.dim()) if d != 1]
         channels = input.shape[1]
-        local = torch.cat([input.sum(dims), input.new_tensor([input.numel() / channels])])
-        total = all_reduce(local)
+        total = _sum(torch.cat([values.sum(dims), values.new_tensor([values.numel() / channels])]))
         count = total[-1].detach()
         mean = total[:-1] / count
         shape = [1, channels] + [1] * (input.dim() - 2)
-        centred = input - mean.view(shape)
-        variance = all_reduce((centred * centred).sum(dims)) / count
+        centred = values - mean.view(shape)
+        variance = _sum((centred * centred).sum(dims)) / count
         self._update_running(mean.detach(), variance.detach(), count)
         out = centred * torch.rsqrt(variance.view(shape) + self.eps)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
-        normalised: Tensor = out
-        return normalised
+        return out.to(input.dtype)
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
@@ -60,18 +81,23 @@ class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
         self.running_var.mul_(1 - factor).add_(unbiased, alpha=factor)
 
 
-def replace_batchnorm(module: nn.Module) -> None:
-    """Replace every BatchNorm layer below ``module`` in place; parameters and buffers stay the same objects."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNormCPU):
-            layer = SyncBatchNormCPU(
-                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-            )
-            if child.affine:
-                layer.weight, layer.bias = child.weight, child.bias
-            layer.running_mean, layer.running_var = child.running_mean, child.running_var
-            layer.num_batches_tracked = child.num_batches_tracked
-            layer.training = child.training
-            setattr(module, name, layer)
-        else:
-            replace_batchnorm(child)
+def convert_batchnorm(module: nn.Module, device: torch.device) -> Converted:
+    """Let every BatchNorm layer of ``module`` normalise over all workers; return what ``restore_batchnorm`` takes."""
+    converted: Converted = []
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            converted.append((layer, type(layer)))
+            if device.type == "cpu":
+                layer.__class__ = SyncBatchNormCPU
+            elif not isinstance(layer, nn.SyncBatchNorm):
+                layer.__class__ = nn.SyncBatchNorm
+                layer.process_group = None  # type: ignore[assignment]  # all workers
+    return converted
+
+
+def restore_batchnorm(converted: Converted) -> None:
+    """Give the layers the classes that they had."""
+    for layer, own_class in converted:
+        if type(layer) is nn.SyncBatchNorm and own_class is not nn.SyncBatchNorm:
+            del layer.process_group
+        layer.__class__ = own_class
