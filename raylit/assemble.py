@@ -285,7 +285,7 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     if departure is None:
         return b""
     _upload(spec.run_folder, outcome.state.log_dir)
-    return pack(outcome, departure)
+    return pack(outcome, departure, view)
 
 
 def _upload(run_folder: str | None, local: str | None) -> None:

@@ -1,15 +1,21 @@
 """Packing what travels between the caller and the workers: the run's description out, what it left home. Floor 4.
 
 Both directions use cloudpickle, so classes of the caller's script travel too, and come back as the same classes.
+
+On the way home tensors travel once, by name, and attributes one by one. An attribute that refers to a layer, a
+parameter, a callback, the trainer or the DataModule names it, and means the caller's own after it came home: a plain
+list of the Module's layers holds these layers, and not copies that no optimizer knows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
+import io
 import pickle
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +33,15 @@ if TYPE_CHECKING:
 _Uninitialized = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 # What nn.Module itself keeps in __dict__: tensors travel apart, hooks and handles belong to one process.
 _OWN = frozenset(nn.Module().__dict__) - {"training"} | {"_run", "trainer"}
+_LAYERS = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+
+
+@dataclass
+class Changes:
+    """What a run changed in the ``__dict__`` of one object."""
+
+    set: dict[str, bytes] = field(default_factory=dict)  # attribute -> pickled
+    removed: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -45,9 +60,9 @@ class Homecoming:
     history: Any
     tensors: dict[str, Tensor] = field(default_factory=dict)  # parameters and buffers by name
     frozen: list[str] = field(default_factory=list)  # parameters that require no gradients
-    attributes: dict[str, dict[str, bytes]] = field(default_factory=dict)  # submodule -> attribute -> pickled
-    callbacks: dict[int, bytes] = field(default_factory=dict)
-    whole: bytes | None = None  # the Module itself, where its layers changed on the worker
+    layers: bytes | None = None  # the Module's layers themselves, where these changed on the worker
+    attributes: dict[str, Changes] = field(default_factory=dict)  # by name of the submodule
+    callbacks: dict[int, Changes] = field(default_factory=dict)  # by place in the list
     lost: list[str] = field(default_factory=list)
 
 
@@ -126,21 +141,76 @@ def unpack_spec(data: bytes) -> tuple[RunSpec, bool]:
 
 # == home ==========================================================================================================
 @dataclass
-class Departure:
-    """What rank 0 remembers of the objects as they came, to tell what changed."""
+class Ties:
+    """Objects that both ends have, by the names they go by."""
 
-    shapes: dict[str, torch.Size]
-    attributes: dict[str, dict[str, bytes]]  # digests
-    callbacks: list[bytes]
+    objects: dict[tuple[str, Any], Any]
 
     @staticmethod
-    def of(spec: RunSpec) -> Departure:
-        """Take note of a description as it arrived."""
-        return Departure(
-            {name: t.shape for name, t in _tensors(spec.module)},
-            {name: _digests(sub) for name, sub in spec.module.named_modules()},
-            [_digest(c) for c in spec.callbacks],
-        )
+    def of(
+        module: nn.Module, callbacks: Sequence[Any] = (), trainer: Any = None, datamodule: Any = None, *,
+        layers: bool = True,
+    ) -> Ties:  # fmt: skip
+        """Without ``layers`` the Module is known as a whole only."""
+        objects: dict[tuple[str, Any], Any] = {("module", ""): module}
+        if layers:
+            objects |= {("module", name): each for name, each in module.named_modules()}
+            objects |= {("tensor", name): tensor for name, tensor in _tensors(module)}
+        objects |= {("callback", index): callback for index, callback in enumerate(callbacks)}
+        objects |= {("trainer", ""): trainer, ("datamodule", ""): datamodule}
+        return Ties({key: each for key, each in objects.items() if each is not None})
+
+    def dumps(self, value: Any) -> bytes:
+        """Pickle ``value``, with the names of tied objects in their place and every tensor on the CPU."""
+        import cloudpickle
+
+        names = {id(each): key for key, each in self.objects.items()}
+
+        class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+            def persistent_id(self, obj: Any) -> Any:
+                return names.get(id(obj))
+
+            def reducer_override(self, obj: Any) -> Any:
+                if isinstance(obj, Tensor) and obj.device.type != "cpu":
+                    moved = obj.detach().cpu()
+                    moved = nn.Parameter(moved, obj.requires_grad) if isinstance(obj, nn.Parameter) else moved
+                    return moved.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+                return super().reducer_override(obj)
+
+        file = io.BytesIO()
+        Pickler(file).dump(value)
+        return file.getvalue()
+
+    def loads(self, data: bytes) -> Any:
+        """Unpickle, with this end's objects where they are named."""
+        objects = self.objects
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(self, pid: Any) -> Any:
+                return objects[pid]
+
+        return Unpickler(io.BytesIO(data)).load()
+
+    def digest(self, value: Any) -> bytes:
+        """A fingerprint of ``value``; empty where it cannot travel."""
+        try:
+            return hashlib.blake2b(self.dumps(value), digest_size=16).digest()
+        except Exception:
+            return b""
+
+    def digests(self, owner: Any) -> dict[str, bytes]:
+        """Fingerprints of an object's attributes."""
+        return {name: self.digest(value) for name, value in _attributes(owner).items()}
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """What of an object's ``__dict__`` travels: without what its own ``__getstate__`` leaves out."""
+    getstate = getattr(owner, "__getstate__", None)
+    state = getstate() if getstate is not None else owner.__dict__
+    if not isinstance(state, dict):  # in a form of its own
+        state = owner.__dict__
+    own = _OWN if isinstance(owner, nn.Module) else ()
+    return {name: owner.__dict__[name] for name in state if name in owner.__dict__ and name not in own}
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -151,21 +221,35 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _digests(module: nn.Module) -> dict[str, bytes]:
-    return {name: _digest(value) for name, value in module.__dict__.items() if name not in _OWN}
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """What must be the same at both ends for tensors to go home by name."""
+    return (
+        [(name, type(each)) for name, each in module.named_modules()],
+        {name: (tensor.shape, isinstance(tensor, nn.Parameter)) for name, tensor in _tensors(module)},
+    )
 
 
-def _digest(value: Any) -> bytes:
-    import cloudpickle
+@dataclass
+class Departure:
+    """What rank 0 remembers of the objects as they came, to tell what changed."""
 
-    try:
-        return hashlib.blake2b(cloudpickle.dumps(value), digest_size=16).digest()
-    except Exception:
-        return b""  # cannot travel; if it is still so at the end it is named
+    structure: tuple[Any, ...]
+    attributes: dict[str, dict[str, bytes]]  # fingerprints, by name of the submodule
+    callbacks: list[dict[str, bytes]]
+
+    @staticmethod
+    def of(spec: RunSpec) -> Departure:
+        """Take note of a description as it arrived."""
+        ties = Ties.of(spec.module, spec.callbacks, None, spec.datamodule)
+        return Departure(
+            _structure(spec.module),
+            {name: ties.digests(each) for name, each in spec.module.named_modules()},
+            [ties.digests(callback) for callback in spec.callbacks],
+        )
 
 
-def pack(outcome: RunOutcome, departure: Departure) -> bytes:
-    """On rank 0: everything that goes home, as bytes."""
+def pack(outcome: RunOutcome, departure: Departure, trainer: Any = None) -> bytes:
+    """On rank 0: everything that goes home, as bytes. ``trainer``: what hooks knew under that name."""
     import cloudpickle
 
     state, module = outcome.state, outcome.module
@@ -178,17 +262,21 @@ def pack(outcome: RunOutcome, departure: Departure) -> bytes:
         predictions=outcome.result.predictions,
         history=state.history.table() if state.history is not None else None,
     )  # fmt: skip
-    tensors = dict(_tensors(module))
-    if {name: t.shape for name, t in tensors.items()} != departure.shapes:
-        home.whole = cloudpickle.dumps(module.cpu())
+    around = (outcome.callbacks, trainer, state.datamodule)
+    ties = Ties.of(module, *around)
+    if _structure(module) != departure.structure:
+        home.layers = _pack_layers(module, Ties.of(module, *around, layers=False), home.lost)
+        parts = {"": module}  # the layers' own attributes are packed with them
     else:
-        home.tensors = _cpu(tensors)
+        home.tensors = _cpu(dict(_tensors(module)))
         home.frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
-        for name, sub in module.named_modules():
-            home.attributes[name] = _changed(name, sub, departure.attributes.get(name, {}), home.lost)
+        parts = dict(module.named_modules())
+    for name, part in parts.items():
+        path = ".".join(filter(None, ("model", name)))
+        home.attributes[name] = _changes(part, departure.attributes.get(name, {}), ties, path, home.lost)
     for index, (callback, before) in enumerate(zip(outcome.callbacks, departure.callbacks, strict=False)):
-        if _digest(callback) != before:
-            _keep(home.callbacks, index, callback.__dict__, f"callback {type(callback).__name__}", home.lost)
+        path = f"callback {type(callback).__name__}"
+        home.callbacks[index] = _changes(callback, before, ties, path, home.lost)
     data: bytes = cloudpickle.dumps(home)
     return data
 
@@ -197,24 +285,35 @@ def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
-def _changed(name: str, module: nn.Module, before: dict[str, bytes], lost: list[str]) -> dict[str, bytes]:
-    kept: dict[str, bytes] = {}
-    for attribute, value in module.__dict__.items():
-        if attribute in _OWN:
+def _changes(owner: Any, before: dict[str, bytes], ties: Ties, path: str, lost: list[str]) -> Changes:
+    attributes = _attributes(owner)
+    changes = Changes(removed=[name for name in before if name not in attributes])
+    for name, value in attributes.items():
+        digest = ties.digest(value)
+        if digest == before.get(name):
             continue
-        digest = _digest(value)
-        if digest != before.get(attribute) or not digest:
-            _keep(kept, attribute, value, ".".join(filter(None, ("model", name, attribute))), lost)
-    return kept
+        if digest:
+            changes.set[name] = ties.dumps(value)
+        else:
+            lost.append(f"{path}.{name}")
+    return changes
 
 
-def _keep(into: dict[Any, bytes], key: Any, value: Any, path: str, lost: list[str]) -> None:
-    import cloudpickle
-
-    try:
-        into[key] = cloudpickle.dumps(value)
-    except Exception:
-        lost.append(path)
+def _pack_layers(module: nn.Module, ties: Ties, lost: list[str]) -> bytes:
+    """Pack the layers whole, leaving out what cannot travel."""
+    while True:
+        try:
+            return ties.dumps({name: module.__dict__[name] for name in _LAYERS})
+        except Exception:
+            for name, layer in module.named_modules():
+                bad = [a for a, value in _attributes(layer).items() if name and not ties.digest(value)]
+                for attribute in bad:
+                    del layer.__dict__[attribute]
+                    lost.append(f"model.{name}.{attribute}")
+                if bad:
+                    break
+            else:
+                raise
 
 
 def unpack(data: bytes) -> Homecoming:
@@ -224,13 +323,13 @@ def unpack(data: bytes) -> Homecoming:
     return home
 
 
-def receive(home: Homecoming, module: nn.Module, callbacks: list[Any]) -> None:
+def receive(
+    home: Homecoming, module: nn.Module, callbacks: Sequence[Any], trainer: Any = None, datamodule: Any = None
+) -> None:
     """Bring the caller's own objects up to date: weights in place, other attributes as they changed."""
-    if home.whole is not None:
-        trained = pickle.loads(home.whole)
-        for name, value in trained.__dict__.items():
-            if name not in _OWN or name in ("_parameters", "_buffers", "_modules"):
-                module.__dict__[name] = value
+    around = (callbacks, trainer, datamodule)
+    if home.layers is not None:
+        module.__dict__.update(Ties.of(module, *around, layers=False).loads(home.layers))
     else:
         own = dict(_tensors(module))
         with torch.no_grad():
@@ -239,23 +338,33 @@ def receive(home: Homecoming, module: nn.Module, callbacks: list[Any]) -> None:
         frozen = set(home.frozen)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        subs = dict(module.named_modules())
-        for sub, attributes in home.attributes.items():
-            for attribute, pickled in attributes.items():
-                _set(subs[sub], attribute, pickled, home.lost, ".".join(filter(None, ("model", sub, attribute))))
-    for index, pickled in home.callbacks.items():
-        callbacks[index].__dict__.update(pickle.loads(pickled))
-    if home.lost:
+    ties, parts, lost = Ties.of(module, *around), dict(module.named_modules()), list(home.lost)
+    for name, changes in home.attributes.items():
+        _apply(changes, parts[name], ties, ".".join(filter(None, ("model", name))), lost)
+    for index, changes in home.callbacks.items():
+        _apply(changes, callbacks[index], ties, f"callback {type(callbacks[index]).__name__}", lost)
+    if lost:
         warnings.warn(
             f"changed on the workers but cannot be pickled, so the caller's objects keep what they had: "
-            f"{', '.join(home.lost)}",
+            f"{', '.join(lost)}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )
 
 
-def _set(module: nn.Module, attribute: str, pickled: bytes, lost: list[str], path: str) -> None:
-    try:
-        module.__dict__[attribute] = pickle.loads(pickled)
-    except Exception:
-        lost.append(path)
+def _apply(changes: Changes, owner: Any, ties: Ties, path: str, lost: list[str]) -> None:
+    for name in changes.removed:
+        owner.__dict__.pop(name, None)
+    for name, pickled in changes.set.items():
+        try:
+            owner.__dict__[name] = ties.loads(pickled)  # past __setattr__, which would look for layers in it
+        except Exception:  # of a class that only the workers can import, for instance
+            lost.append(f"{path}.{name}")
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` with which a warning of :func:`receive` shows the first line that is not raylit's."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "raylit":
+        level, frame = level + 1, frame.f_back
+    return max(1, level - 1)

@@ -154,7 +154,7 @@ def _follow(trainer: Trainer, display: TerminalDisplay, event: dict[str, Any]) -
 
 def come_home(trainer: Trainer, home: Homecoming, model: Module, callbacks: list[Callback]) -> None:
     """Bring the caller's objects and the Trainer up to date with what rank 0 sent."""
-    receive(home, model, callbacks)
+    receive(home, model, callbacks, trainer, trainer._state.datamodule)
     state = trainer._state
     state.module, state.callbacks = model, callbacks
     state.status = Status(home.status)
