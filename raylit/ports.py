@@ -50,6 +50,7 @@ class Precision(Protocol):
 
     name: str
     scaled: bool  # a gradient scaler is at work: the step must unscale before clipping
+    update_each_step: bool  # False: the scale changes only in update()
 
     def convert_module(self, module: nn.Module) -> None: ...
 
@@ -67,6 +68,10 @@ class Precision(Protocol):
 
     def step(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
         """Call ``step``, or leave it out where the scaled gradients were not finite."""
+        ...
+
+    def update(self) -> None:
+        """Change the scale by what the steps since the last call met."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -75,6 +75,7 @@ class FullPrecision:
 
     name: str = "32-true"
     scaled: bool = False
+    update_each_step: bool = True
 
     def convert_module(self, module: nn.Module) -> None:
         """Leave the module as it is."""
@@ -97,6 +98,9 @@ class FullPrecision:
     def step(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
         """Call ``step``."""
         return step()
+
+    def update(self) -> None:
+        """There is no scale."""
 
     def state_dict(self) -> dict[str, Any]:
         """There is no state."""

@@ -40,6 +40,7 @@ class Evaluation:
 
     def __init__(self, parts: Parts, loop: Loop) -> None:
         self._parts, self._loop = parts, loop
+        self._logged_before: list[str] = []  # in the last run of this loop
         self.name = name = "validation" if loop is Loop.SANITY else loop.value
         own, event = parts.hooks.own, parts.hooks.event
         step = own(f"{name}_step")
@@ -71,6 +72,8 @@ class Evaluation:
         """
         state, metrics = self._parts.state, self._parts.metrics
         outer, state.loop = state.loop, self._loop
+        for name in self._logged_before:  # stale by now; a hook that asks too early gets a KeyError, no old number
+            state.callback_metrics.pop(name, None)
         self._parts.modes[:] = [(module, module.training) for module in self._parts.module.modules()]
         _call(self._model_eval, self._parts.module.eval)
         # inference_mode is the faster, but its tensors may never meet autograd; the person chooses.
@@ -87,6 +90,7 @@ class Evaluation:
                 _call(self._epoch_ended)
                 logged = metrics.end()
                 state.callback_metrics.update(logged.callback)
+                self._logged_before = list(logged.callback)
                 if self._loop is not Loop.SANITY:
                     state.progress_bar_metrics.update(logged.progress_bar)
                     state.logged_metrics.update(logged.logger)
@@ -101,6 +105,13 @@ class Evaluation:
         self._parts.output.loop_end(state, self._loop, logged.callback)
         return _per_loader(logged.callback, len(loaders)), kept
 
+    def _most(self, limit: int | float, at_most: int | float, mine: int | None) -> int | None:
+        """The batches of the rank that has most: a fraction is of these, or a short rank's share would be none."""
+        fraction = any(isinstance(each, float) and 0.0 < each < 1.0 for each in (limit, at_most))
+        if self._parts.state.world.world_size == 1 or mine is None or not fraction:
+            return mine
+        return int(self._parts.strategy.collective.all_reduce(torch.tensor(float(mine)), "max").item())
+
     def _one_loader(self, loader: LoaderLike, index: int, limit: int | float, at_most: int | float) -> list[Any]:
         """Run one loader on this rank; return the outputs that an epoch-end hook or the caller will ask for."""
         parts, step = self._parts, self._step
@@ -109,7 +120,11 @@ class Evaluation:
         forward_context, step_end = parts.precision.forward_context, self._step_end
         predicting = self._loop is Loop.PREDICT
         keep = predicting or self._epoch_end is not None
-        total = batches(limit, batches(at_most, loader.num_batches, "limit_val_batches"), _ARGUMENT[self._loop])
+        mine = loader.num_batches
+        total = batches(limit, batches(at_most, self._most(limit, at_most, mine), "limit_val_batches"),
+                        _ARGUMENT[self._loop])  # fmt: skip
+        if total is not None and mine is not None:
+            total = min(total, mine)
         loader.set_epoch(0)
         kept: list[Any] = []
         refresh = Refresh(parts.output.refresh_s)

@@ -77,6 +77,7 @@ class Fit:
         parts, state = self._parts, self._parts.state
         self.plan = self._optimizers()
         self._train = TrainBatch(parts, self.plan, self._split_size())
+        self._steps_of = [state.global_step] * len(self.plan.optimizers)
         self._handle.begin_training(self.plan, self._train)
         parts.metrics.place = NO_EPOCH
         self._call("on_pretrain_routine_start")
@@ -186,6 +187,9 @@ class Fit:
 
     def _end_epoch(self, outputs: EpochOutputs | None) -> None:
         parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
+        if self._train.stepped and not parts.module.automatic_optimization:  # in a hook after the last batch
+            state.global_step += 1
+            self._train.stepped = []
         metrics.place = EPOCH_TRAIN
         collected = None if outputs is None else outputs.result()
         if self._epoch_end is not None:
@@ -204,7 +208,7 @@ class Fit:
         state.logged_metrics.update(logged.logger)
         state.progress_bar_metrics.update(logged.progress_bar)
         parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)
-        self._step_schedulers("epoch", state.epoch + 1, None)
+        self._step_schedulers_by_epoch(state.epoch + 1)
         parts.output.loop_end(state, Loop.TRAIN, logged.callback)
         state.epoch += 1
         state.loop = None
@@ -247,16 +251,19 @@ class Fit:
             collected = train.run(batch, batch_idx, done)
             if splits:
                 metrics.finish_splits()
-            if train.stepped:
+            stepped = train.stepped
+            if manual:
+                train.stepped = []  # a hook that steps after this is counted with the next batch
+            if stepped:
                 state.global_step += 1
                 if step_schedulers:
-                    self._step_schedulers("step", state.global_step, train.stepped)
+                    self._step_due(stepped)
             if collected is not None:
                 if outputs is not None:
                     outputs.add(collected)
                 if batch_end is not None:
                     batch_end(batch_result(collected, splits), batch, batch_idx, 0)
-            if log_every and train.stepped and state.global_step % log_every == 0:
+            if log_every and stepped and state.global_step % log_every == 0:
                 self._log_step()
             if refresh is not None and refresh.due():
                 output.progress(state, batch_idx + 1, self._total, train.loss)
@@ -286,7 +293,9 @@ class Fit:
         """
         total, iterator = self._total, iter(self._loader)
         count, current = 0, next(iterator, self)
-        while self._all_have(current is not self) and (total is None or count < total):
+        if total == 0 or not self._all_have(current is not self):
+            return
+        while True:
             following = next(iterator, self) if total is None or count + 1 < total else self
             self._ended = not self._all_have(following is not self)
             yield count, current
@@ -322,18 +331,26 @@ class Fit:
         parts.output.step_metrics(state, taken)
 
     # -- schedulers ----------------------------------------------------------------------------------------------
-    def _step_schedulers(self, interval: str, count: int, stepped: list[int] | None) -> None:
-        if not self._parts.module.automatic_optimization:
-            return  # in manual optimisation they are the person's
-        for plan in self.plan.schedulers:
-            if scheduler_due(plan, interval, count) and (stepped is None or plan.optimizer_idx in stepped):  # type: ignore[arg-type]
-                self._step_scheduler(plan)
+    def _step_due(self, stepped: list[int]) -> None:
+        """Step the schedulers by step of the optimizers that stepped; each counts its own optimizer's steps."""
+        for index in stepped:
+            self._steps_of[index] += 1
+        if self._parts.module.automatic_optimization:  # in manual optimisation schedulers are the person's
+            for plan in self.plan.schedulers:
+                if plan.optimizer_idx in stepped and scheduler_due(plan, "step", self._steps_of[plan.optimizer_idx]):
+                    self._step_scheduler(plan)
+
+    def _step_schedulers_by_epoch(self, epochs_done: int) -> None:
+        if self._parts.module.automatic_optimization:
+            for plan in self.plan.schedulers:
+                if scheduler_due(plan, "epoch", epochs_done):
+                    self._step_scheduler(plan)
 
     def _step_scheduler(self, plan: SchedulerPlan) -> None:
         metric = None
         if plan.reduce_on_plateau:
             known = {**self._parts.state.callback_metrics, **self._parts.metrics.step_metrics().callback}
-            metric = known.get(plan.monitor or "")
+            metric = self._agreed(known.get(plan.monitor or ""))
             if metric is None:
                 text = (
                     f"the scheduler {type(plan.scheduler).__name__} monitors {plan.monitor!r}, which is not logged; "
@@ -349,6 +366,16 @@ class Fit:
             plan.scheduler.step()
         else:
             plan.scheduler.step(metric)
+
+    def _agreed(self, metric: Any) -> Any:
+        """The monitored value as all ranks see it: a step's value is each rank's own, and they must decide alike."""
+        if not self._several:
+            return metric
+        # Read off the device here: the scheduler's comparison would wait for it anyway.
+        seen = self._parts.strategy.collective.all_gather_object(None if metric is None else float(metric))
+        if None in seen:
+            return None
+        return metric if len(set(seen)) == 1 else torch.tensor(sum(seen) / len(seen), dtype=torch.float64)
 
     # -- stopping ------------------------------------------------------------------------------------------------
     def _ask_to_stop(self) -> None:

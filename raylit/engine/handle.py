@@ -88,6 +88,9 @@ class ModuleHandle:
         before, after, override = event("on_before_backward"), event("on_after_backward"), own("backward")
         if before is not None:
             before(loss)
+        watch = self._train.watch if self._train is not None else None
+        if watch is not None:
+            watch.check_loss(loss, self._parts.state.batch_idx)
         target = self._parts.precision.scale(loss)
         if override is None:
             target.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -96,6 +99,8 @@ class ModuleHandle:
             override(target, optimizer, index, *args, **kwargs)
         if after is not None:
             after()
+        if watch is not None and not self._parts.precision.scaled:
+            watch.check_gradients(self._parts.state.batch_idx)
 
     def manual_step(self, optimizer: Optimizer, force: bool, closure: Callable[[], Any] | None) -> Any:
         """Step and zero at the end of an accumulation group, or always where ``force`` says so."""
@@ -110,7 +115,25 @@ class ModuleHandle:
         return result
 
     def step_managed(self, index: int, closure: Callable[[], Any] | None) -> Any:
-        """What ``self.optimizers().step()`` does: average over workers, unscale, hooks, clip, step, count."""
+        """What ``self.optimizers().step()`` does: average over workers, unscale, hooks, clip, step, count.
+
+        A closure computes the gradients itself, perhaps several times: each time they are averaged and clipped.
+        """
+        parts, optimizer = self._parts, self._plan.optimizers[index]
+        if closure is None:
+            self._ready(index)
+            step = optimizer.step
+            result = parts.precision.step(optimizer, step) if parts.precision.scaled else step()
+        elif parts.precision.scaled:
+            raise HookError("a closure needs gradients that are not scaled: use bf16-mixed or 32 instead of 16-mixed")
+        else:
+            result = optimizer.step(lambda: self._closed(index, closure))
+        if self._train is not None:
+            self._train.stepped.append(index)
+        return result
+
+    def _ready(self, index: int) -> None:
+        """Make the gradients that are there ready for a step."""
         parts, optimizer = self._parts, self._plan.optimizers[index]
         if parts.state.world.world_size > 1:
             parts.strategy.reduce_gradients(optimizer)
@@ -122,13 +145,14 @@ class ModuleHandle:
         if parts.settings.gradient_clip_val is not None:
             self.clip_gradients(optimizer, None, None)
 
-        def step() -> Any:
-            return optimizer.step() if closure is None else optimizer.step(closure)
-
-        result = parts.precision.step(optimizer, step) if parts.precision.scaled else step()
-        if self._train is not None:
-            self._train.stepped.append(index)
-        return result
+    def _closed(self, index: int, closure: Callable[[], Any]) -> Any:
+        """Call the person's closure; return its loss averaged over the workers, so that all ranks search alike."""
+        with torch.enable_grad():
+            loss = closure()
+        self._ready(index)
+        if self._parts.state.world.world_size > 1 and isinstance(loss, Tensor):
+            return self._parts.strategy.collective.all_reduce(loss.detach(), "mean")
+        return loss
 
     def _index(self, optimizer: Optimizer) -> int:
         for index, (managed, own) in enumerate(zip(self._managed, self._plan.optimizers, strict=True)):
@@ -140,6 +164,11 @@ class ModuleHandle:
         if self._toggle is None:
             raise HookError("optimizers are there from configure_optimizers on, in fit alone")
         return self._toggle
+
+    def restore(self) -> None:
+        """Undo what a hook toggled and, having failed, did not untoggle."""
+        if self._toggle is not None:
+            self._toggle.restore()
 
     # -- everything else -----------------------------------------------------------------------------------------
     def all_gather(self, data: Any, sync_grads: bool) -> Any:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,7 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
         raise
     finally:
         state.loop, state.live_metrics = None, None
+        handle.restore()
         module.__dict__.pop("_run", None)
         if parts.datamodule is not None:
             parts.datamodule.__dict__.pop("trainer", None)
@@ -155,4 +157,5 @@ def _note_place(parts: Parts, error: BaseException) -> None:
             place["batch_idx"] = state.batch_idx
     if state.loop is not None:
         place["loop"] = state.loop.value
-    error.raylit_where = place  # type: ignore[attr-defined]
+    with contextlib.suppress(AttributeError, TypeError):  # a type may refuse attributes; it matters more than the note
+        error.__dict__["raylit_where"] = place

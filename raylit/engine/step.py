@@ -67,9 +67,13 @@ class TrainBatch:
         several = self._steps and len(plan.optimizers) > 1
         self._toggle = Toggle(plan.optimizers, parts.module.parameters()) if several else None
         self._closures = [self._step_override is not None or needs_closure(o) for o in plan.optimizers]
-        self._watch = NonFinite(parts.module, parts.state) if parts.settings.detect_anomaly else None
+        self.watch = NonFinite(parts.module, parts.state) if parts.settings.detect_anomaly else None
         # A context in which calls of log do nothing; set by the handle that log belongs to.
         self.without_logging: Callable[[], AbstractContextManager[Any]] = nullcontext
+        # Several optimizers share one scale: it changes when all have stepped, not within a sum of gradients.
+        self._late_update = self._scaled and len(plan.optimizers) > 1
+        if self._late_update:
+            parts.precision.update_each_step = False
         self._split_size = split_size
         self._split = (own("tbptt_split_batch") or parts.split_time) if split_size else None
         self._keep = parts.hooks.wants_epoch_outputs or event("on_train_batch_end") is not None
@@ -84,7 +88,8 @@ class TrainBatch:
 
     def run(self, batch: Any, batch_idx: int, last_of_group: bool) -> list[list[Any]] | None:
         """Train on one batch; return for each optimizer its splits' outputs, or None where nobody asks for them."""
-        self.stepped = []
+        if self._steps:
+            self.stepped = []  # in manual optimisation the loop empties it, since a hook may step after the batch
         plan, toggle = self._plan, self._toggle
         # In manual optimisation the person chooses who steps, and frequencies mean nothing.
         active = active_optimizers(plan, self.groups_done) if plan.frequencies and self._steps else self._everyone
@@ -102,7 +107,7 @@ class TrainBatch:
                 try:
                     output = self._pass(split, batch_idx, index, given, last_of_group)
                     if self._steps:
-                        if self._closures[index] and self.loss is not None:
+                        if self._closures[index]:
                             self._group[index].append((split, batch_idx, index, given))
                             self._objective[index] = self._add(self._objective[index])
                         if last_of_group:
@@ -117,6 +122,8 @@ class TrainBatch:
         self._metrics.place = BATCH_TRAIN
         if last_of_group:
             self.groups_done += 1
+        if self._late_update and self.stepped:
+            self._precision.update()
         return collected
 
     def begin_epoch(self, accumulate: int) -> None:
@@ -132,6 +139,9 @@ class TrainBatch:
                 optimizer.zero_grad()
         self._took_part = [False for _ in self._everyone]
         self._group, self._objective = [[] for _ in self._everyone], [None for _ in self._everyone]
+        if self._end_group is not None:
+            for index in range(len(self._plan.optimizers)):
+                self._end_group(index)
 
     # -- the pass ------------------------------------------------------------------------------------------------
     def _pass(self, split: Any, batch_idx: int, index: int, hiddens: Any, sync: bool) -> Any:
@@ -163,8 +173,8 @@ class TrainBatch:
             return None
         if not loss.requires_grad or loss.dim():
             check_loss(loss)
-        if self._watch is not None:
-            self._watch.check_loss(loss, batch_idx)
+        if self.watch is not None:
+            self.watch.check_loss(loss, batch_idx)
         if self.accumulate != 1:
             loss = loss / self.accumulate
         if self._before_backward is not None:
@@ -176,8 +186,8 @@ class TrainBatch:
             self._backward(target, self._plan.optimizers[index], index)
         if self._after_backward is not None:
             self._after_backward()
-        if self._watch is not None and not self._scaled:  # scaled gradients may overflow: the scaler sees to it
-            self._watch.check_gradients(batch_idx)
+        if self.watch is not None and not self._scaled:  # scaled gradients may overflow: the scaler sees to it
+            self.watch.check_gradients(batch_idx)
         self._took_part[index] = True
         return output
 
@@ -185,6 +195,7 @@ class TrainBatch:
     def _finish_group(self, batch_idx: int, index: int) -> None:
         took_part, self._took_part[index] = self._took_part[index], False
         if not took_part and not self._strategy.anyone_took_part(index):
+            self._group[index], self._objective[index] = [], None
             return
         optimizer = self._plan.optimizers[index]
         if self._scaled:
@@ -235,6 +246,7 @@ class TrainBatch:
         else:
             step()
         self._group[index], self._objective[index] = [], None
+        self._took_part[index] = False  # passes computed anew belong to the group that is done
 
     def recompute(self, passes: list[Pass], optimizer: Optimizer, batch_idx: int, index: int) -> Tensor | None:
         """Compute the group's passes anew from zeroed gradients; return the group's loss."""
@@ -262,9 +274,11 @@ class TrainBatch:
 
     def _agreed(self, loss: Tensor | None) -> Tensor | None:
         """Average the loss over the workers: an optimizer that searches along a line must decide alike on all ranks."""
-        if loss is None or self._no_sync is None:
+        if self._no_sync is None:
             return loss
-        return self._strategy.collective.all_reduce(loss, "mean")
+        if loss is None:  # this rank skipped; the others wait for its part
+            loss = torch.zeros((), device=self._strategy.device)
+        return self._strategy.collective.all_reduce(loss.float(), "mean")
 
 
 class _Closure:
