@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 # A lazy layer's tensors before its first batch: they have no shape yet.
 _Uninitialized = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 # What nn.Module itself keeps in __dict__: tensors travel apart, hooks and handles belong to one process.
-_OWN = frozenset(nn.Module().__dict__) - {"training"} | {"_run", "trainer"}
+_OWN = frozenset(nn.Module().__dict__) - {"training"} | {"_run", "_last_trainer", "trainer"}
+_GPU, _CPU = b"G", b"C"
 _LAYERS = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
@@ -67,7 +68,7 @@ class Homecoming:
 
 
 # == out ===========================================================================================================
-def pack_spec(spec: RunSpec, use_gpu: bool) -> bytes:
+def pack_spec(spec: RunSpec) -> bytes:
     """Pickle a run's description; SerializationError names the part that cannot travel."""
     import cloudpickle
 
@@ -78,10 +79,15 @@ def pack_spec(spec: RunSpec, use_gpu: bool) -> bytes:
     if any(p.device.type != "cpu" for p in spec.module.parameters()):
         spec.module.cpu()  # a worker may have no such device
     try:
-        data: bytes = cloudpickle.dumps((slim, use_gpu))
+        data: bytes = cloudpickle.dumps(slim)
         return data
     except Exception as error:
         raise SerializationError(_culprit(spec, error)) from None
+
+
+def with_gpu(data: bytes, use_gpu: bool) -> bytes:
+    """What the workers get: the packed description, and what only the cluster could tell."""
+    return (_GPU if use_gpu else _CPU) + data
 
 
 def _culprit(spec: RunSpec, error: Exception) -> str:
@@ -135,8 +141,7 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
 
 def unpack_spec(data: bytes) -> tuple[RunSpec, bool]:
     """On the worker: the run's description, and whether to use the GPU."""
-    spec, use_gpu = pickle.loads(data)
-    return spec, use_gpu
+    return pickle.loads(memoryview(data)[1:]), data[:1] == _GPU
 
 
 # == home ==========================================================================================================

@@ -142,6 +142,36 @@ def read(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     return loaded
 
 
+def check_weights(checkpoint: Mapping[str, Any], module: torch.nn.Module) -> None:
+    """Raise CheckpointError where the weights are clearly another model's; load nothing.
+
+    A layer that loads by rules of its own is left to ``load_weights``.
+    """
+    for layer in module.modules():
+        own_rules = type(layer)._load_from_state_dict is not torch.nn.Module._load_from_state_dict
+        known = isinstance(layer, torch.nn.modules.batchnorm._NormBase)  # only adds a counter that old files lack
+        if (own_rules and not known) or layer._load_state_dict_pre_hooks:
+            return
+    own, given = module.state_dict(), checkpoint["state_dict"]
+    counters = {name for name in own if name.endswith("num_batches_tracked")}
+    shapes = [
+        f"{name} ({list(given[name].shape)}, the model has {list(tensor.shape)})"
+        for name, tensor in own.items()
+        if isinstance(tensor, Tensor) and name in given and given[name].shape != tensor.shape
+    ]
+    faults = [
+        f"{what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for what, names in (
+            ("not in the checkpoint", sorted(own.keys() - given.keys() - counters)),
+            ("not in the model", sorted(given.keys() - own.keys())),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"the checkpoint is of another model than {type(module).__name__}: {'; '.join(faults)}")
+
+
 def load_weights(checkpoint: Mapping[str, Any], module: torch.nn.Module, strict: bool = True) -> None:
     """Load a checkpoint's weights into ``module``; CheckpointError naming what does not fit."""
     try:

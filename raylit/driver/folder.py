@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from raylit.config.placement import PlacementConfig
@@ -50,6 +52,18 @@ def claim(placement: PlacementConfig, module_name: str) -> str:
             f"storage_path={storage!r} cannot be written ({error.strerror}); give a folder or URI that can"
         ) from None
     return path
+
+
+@contextlib.contextmanager
+def kept_if_used(folder: str | None) -> Iterator[None]:
+    """Take a claimed folder of this machine away again where the run failed before it left anything in it."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None and "://" not in folder:
+            with contextlib.suppress(OSError):  # it holds something
+                os.rmdir(folder)
+        raise
 
 
 def _claim_remote(storage: str, name: str, filesystem: Any) -> str:

@@ -11,9 +11,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from raylit.assemble import RunSpec, metrics_as_floats
+from torch import nn
+
+from raylit.assemble import RunSpec, check_strategy, metrics_as_floats, pick_device
 from raylit.callback import Callback
-from raylit.checkpoint import read, write
+from raylit.checkpoint import check_weights, read, write
 from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
@@ -24,7 +26,7 @@ from raylit.hooks import HookTable, overridden
 from raylit.module import Module
 from raylit.seed import get_random_state
 from raylit.stage import Stage, Status
-from raylit.travel import Homecoming, pack_spec, receive, unpack
+from raylit.travel import Homecoming, pack_spec, receive, unpack, with_gpu
 from raylit.wire import Job, World
 from raylit.worker.loaders import HOOK
 
@@ -39,16 +41,12 @@ def fit(trainer: Trainer, model: Module, loaders: Loaders, datamodule: DataModul
     callbacks = merge_callbacks(trainer, model)
     check_before_fit(trainer, model, callbacks, loaders, datamodule)
     placement = trainer._config.placement
-    checkpoint = load_checkpoint(ckpt_path)
-    if isinstance(placement.num_workers, tuple):
-        raise ConfigError(
-            f"num_workers={placement.num_workers}: elastic runs are not there yet; give one number of workers"
-        )
+    checkpoint = load_checkpoint(ckpt_path, model)
     keeps = trainer._config.fit.fast_dev_run == 0
     run_folder = folders.claim(placement, type(model).__name__) if keeps else None
     spec = describe(trainer, Stage.FIT, model, loaders, datamodule, callbacks, run_folder)
     spec.checkpoint = checkpoint
-    with shown(trainer, first=True) as display:
+    with shown(trainer, first=True) as display, folders.kept_if_used(run_folder):
         if placement.in_process:
             return _fit_here(trainer, spec, display)
         launched = _launch(trainer, spec, display, run_folder)
@@ -65,11 +63,13 @@ def evaluate(
     callbacks = merge_callbacks(trainer, model)
     if datamodule is None and model is trainer._state.module and all(v is None for v in loaders.values()):
         datamodule = trainer._state.datamodule
+    check_step(stage, model)
+    check_placement(trainer)
     check_hooks(trainer, model, callbacks)
     check_loaders(trainer, stage, model, loaders, datamodule)
     # The folder of the fit before, where there was one: test results stand beside the training's.
     spec = describe(trainer, stage, model, loaders, datamodule, callbacks, trainer._state.log_dir)
-    spec.checkpoint = load_checkpoint(ckpt_path)
+    spec.checkpoint = load_checkpoint(ckpt_path, model)
     with shown(trainer) as display:
         if ckpt_path is None and model is trainer._state.module and trainer._state.status is Status.FINISHED:
             display.event({"kind": "note", "text": f"{stage.value} uses the model's current weights"})
@@ -111,13 +111,14 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
     from raylit.driver.launch import launch
 
     placement = trainer._config.placement
+    payload = pack_spec(spec)  # before Ray is started: what cannot travel is refused here
     cluster.connect(placement.runtime_env)
     use_gpu = placement.use_gpu
     if use_gpu == "auto":
         use_gpu = cluster.available().get("GPU", 0.0) >= placement.worker_range[0]
     job = Job(
         stage=spec.stage.value,
-        payload=pack_spec(spec, bool(use_gpu)),
+        payload=with_gpu(payload, bool(use_gpu)),
         sys_path=tuple(entry for entry in sys.path if entry),
         working_dir=os.getcwd(),
     )
@@ -179,6 +180,7 @@ def describe(
     state.module, state.datamodule, state.callbacks, state.log_dir = model, datamodule, callbacks, run_folder
     state.stage = stage
     if stage is Stage.FIT:
+    model.__dict__["_last_trainer"] = trainer  # what the Module's properties tell between runs
         state.epoch, state.global_step = 0, 0
     seed = trainer._config.fit.seed
     return RunSpec(
@@ -229,6 +231,26 @@ def check_before_fit(
     trainer: Trainer, model: Module, callbacks: list[Callback], loaders: Loaders, datamodule: DataModule | None
 ) -> None:
     """Refuse a fit that cannot begin."""
+def check_step(stage: Stage, model: Module) -> None:
+    """Refuse an evaluation of a Module that has not its step."""
+    step = {Stage.VALIDATE: "validation_step", Stage.TEST: "test_step", Stage.PREDICT: "predict_step"}[stage]
+    if overridden(model, step, Module) or (stage is Stage.PREDICT and overridden(model, "forward", nn.Module)):
+        return
+    either = " or forward" if stage is Stage.PREDICT else ""
+    name = type(model).__name__
+    raise HookError(f"{name} has no {step}{either}; {stage.value} needs one: write {step}(self, batch, batch_idx)")
+
+
+def check_placement(trainer: Trainer) -> None:
+    """Refuse where and how a run cannot take place yet."""
+    workers = trainer._config.placement.num_workers
+    if isinstance(workers, tuple):
+        raise ConfigError(f"num_workers={workers}: elastic runs are not there yet; give one number of workers")
+    check_strategy(trainer._config.fit.strategy)
+    if trainer._config.placement.in_process and trainer._config.placement.use_gpu is True:
+        pick_device(World(), use_gpu=True)
+
+
     name = type(model).__name__
     for hook, without in (
         ("training_step", "write training_step(self, batch, batch_idx), returning the loss"),
@@ -240,6 +262,7 @@ def check_before_fit(
     check_loaders(trainer, Stage.FIT, model, loaders, datamodule)
     if overridden(model, "validation_step", Module) is False and loaders.get("validate") is not None:
         raise HookError(f"val_dataloaders are given, but {name} has no validation_step: write it, or leave them out")
+    check_placement(trainer)
 
 
 def check_loaders(
@@ -270,13 +293,16 @@ def check_loaders(
             prepare_all(source, stage=each, name=name, **place)
 
 
-def load_checkpoint(path: Any) -> dict[str, Any] | None:
+def load_checkpoint(path: Any, model: Module) -> dict[str, Any] | None:
     """Read ``ckpt_path``; ``"last"`` and ``"best"`` need what only ModelCheckpoint keeps."""
     if path is None:
         return None
     if path in ("last", "best"):
         raise CheckpointError(f"ckpt_path={path!r} is not there yet: give a path or result.checkpoint")
-    return read(path)
+    checkpoint = read(path)
+    if not (overridden(model, "setup", Module) or overridden(model, "configure_model", Module)):
+        check_weights(checkpoint, model)  # else layers may be made there
+    return checkpoint
 
 
 class shown:

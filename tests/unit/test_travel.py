@@ -19,7 +19,7 @@ from raylit.config.trainer import parse_trainer_args
 from raylit.engine.stages import StageResult
 from raylit.errors import SerializationError
 from raylit.stage import Stage, Status
-from raylit.travel import Departure, Homecoming, pack, pack_spec, receive, unpack, unpack_spec
+from raylit.travel import Departure, Homecoming, pack, pack_spec, receive, unpack, unpack_spec, with_gpu
 from raylit.view import RunState, WorkerTrainer
 
 
@@ -53,7 +53,7 @@ def there_and_back(
     data: Any = None,
 ) -> Homecoming:
     """Send a module out, let ``change(module, callbacks, view)`` run there, bring it home."""
-    spec, _ = unpack_spec(pack_spec(spec_of(module, *callbacks, datamodule=data), False))
+    spec, _ = unpack_spec(with_gpu(pack_spec(spec_of(module, *callbacks, datamodule=data)), False))
     assert spec.module is not module
     view = WorkerTrainer(RunState(datamodule=spec.datamodule))
     departure = Departure.of(spec)
@@ -201,7 +201,7 @@ def test_what_cannot_be_pickled_in_a_layer_made_in_setup() -> None:
         there.net[0].lock = threading.Lock()
         there.lock = threading.Lock()
 
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="cannot be pickled") as caught:
         there_and_back(module, change)
     assert "model.net.0.lock" in str(caught[0].message) and "model.lock" in str(caught[0].message)
     assert isinstance(module.net[0], nn.Linear)
@@ -295,7 +295,7 @@ def test_the_culprit_is_named() -> None:
     ]
     for spec, named in cases:
         with pytest.raises(SerializationError) as caught:
-            pack_spec(spec, False)
+            pack_spec(spec)
         assert named in str(caught.value)
         assert "setup()" in str(caught.value)
 
@@ -306,6 +306,6 @@ def test_a_lambda_and_a_local_class_travel() -> None:
 
     module = Local()
     module.loss = lambda x: x + 1
-    there, use_gpu = unpack_spec(pack_spec(spec_of(module), True))
+    there, use_gpu = unpack_spec(with_gpu(pack_spec(spec_of(module)), True))
     assert use_gpu and there.module.loss(1) == 2 and type(there.module).__name__ == "Local"
     assert cloudpickle.loads(cloudpickle.dumps(module)).loss(2) == 3
