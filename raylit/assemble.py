@@ -175,15 +175,20 @@ def local_folder(run_folder: str | None) -> str | None:
     return path
 
 
-def pick_strategy(asked: Any, world: World, device: torch.device, sync_batchnorm: bool) -> Strategy:
-    """The strategy's object for this worker."""
+def check_strategy(asked: Any) -> None:
+    """Raise ConfigError for a strategy that this release does not have."""
     if isinstance(asked, str) and asked not in ("auto", "ddp"):
         raise ConfigError(f"strategy={asked!r} is not there yet; accepted: 'auto', 'ddp', or a raylit.strategies.DDP")
+    if not isinstance(asked, (str, DDP)):
+        raise ConfigError(f"strategy must be 'auto', 'ddp' or a raylit.strategies.DDP; got {type(asked).__name__}")
+
+
+def pick_strategy(asked: Any, world: World, device: torch.device, sync_batchnorm: bool) -> Strategy:
+    """The strategy's object for this worker."""
+    check_strategy(asked)
     if world.world_size == 1:
         return SingleDevice(device, LocalCollective(device))
-    ddp = DDP() if isinstance(asked, str) else asked
-    if not isinstance(ddp, DDP):
-        raise ConfigError(f"strategy must be 'auto', 'ddp' or a raylit.strategies.DDP; got {type(asked).__name__}")
+    ddp: DDP = DDP() if isinstance(asked, str) else asked
     ddp.sync_batchnorm = sync_batchnorm
     return ddp.attach(device)
 
