@@ -299,47 +299,47 @@ class Module(HyperparametersMixin, nn.Module):
     @property
     def current_epoch(self) -> int:
         """Number of the epoch that runs, from 0."""
-        return 0 if self._run is None else self._run.trainer.current_epoch
+        return 0 if self._view is None else self._view.current_epoch
 
     @property
     def global_step(self) -> int:
         """Rounds of optimizer steps done."""
-        return 0 if self._run is None else self._run.trainer.global_step
+        return 0 if self._view is None else self._view.global_step
 
     @property
     def global_rank(self) -> int:
         """Rank of this worker in the run, from 0."""
-        return 0 if self._run is None else self._run.trainer.global_rank
+        return 0 if self._view is None else self._view.global_rank
 
     @property
     def local_rank(self) -> int:
         """Rank of this worker on its node, from 0."""
-        return 0 if self._run is None else self._run.trainer.local_rank
+        return 0 if self._view is None else self._view.local_rank
 
     @property
     def node_rank(self) -> int:
         """Rank of this worker's node, from 0."""
-        return 0 if self._run is None else self._run.trainer.node_rank
+        return 0 if self._view is None else self._view.node_rank
 
     @property
     def world_size(self) -> int:
         """Number of workers in the run."""
-        return 1 if self._run is None else self._run.trainer.world_size
+        return 1 if self._view is None else self._view.world_size
 
     @property
     def logger(self) -> Any:
         """The first logger, or None."""
-        return None if self._run is None else self._run.trainer.logger
+        return None if self._view is None else self._view.logger
 
     @property
     def loggers(self) -> list[Any]:
         """The loggers of the run."""
-        return [] if self._run is None else self._run.trainer.loggers
+        return [] if self._view is None else self._view.loggers
 
     @property
     def datamodule(self) -> Any:
         """The DataModule of the run, or None."""
-        return None if self._run is None else self._run.trainer.datamodule
+        return None if self._view is None else self._view.datamodule
 
     @property
     def device(self) -> torch.device:
@@ -358,7 +358,7 @@ class Module(HyperparametersMixin, nn.Module):
     @property
     def precision(self) -> str:
         """Number format of the run."""
-        return "32-true" if self._run is None else self._run.trainer.precision
+        return "32-true" if self._view is None else self._view.precision
 
     @property
     def use_amp(self) -> bool:
@@ -392,7 +392,15 @@ class Module(HyperparametersMixin, nn.Module):
 
     @property
     def _strategy(self) -> str:
-        return "single" if self._run is None else self._run.trainer._state.strategy_name
+        return "single" if self._view is None else self._view._state.strategy_name
+
+    @property
+    def _view(self) -> TrainerView | None:
+        """The run's trainer; between runs the one that ran this Module last; None before the first."""
+        if self._run is not None:
+            return self._run.trainer
+        last: TrainerView | None = self.__dict__.get("_last_trainer")
+        return last
 
     def _attached(self, what: str) -> ModuleRun:
         if self._run is None:
@@ -403,7 +411,7 @@ class Module(HyperparametersMixin, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The handle belongs to one process and one run.
-        return {key: value for key, value in self.__dict__.items() if key != "_run"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_run", "_last_trainer")}
 
     # == hooks around all that; drawn in order in raylit/engine/fit.py ============================================
     def on_fit_start(self) -> None: ...

@@ -31,7 +31,8 @@ def seed_everything(seed: int | None = None, workers: bool = False) -> int:
 
 def get_random_state() -> dict[str, Any]:
     """Return the random states of this process, as they can be given to ``set_random_state``."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state(),
+                             "seed": torch.initial_seed()}  # fmt: skip
     if "numpy" in sys.modules:
         state["numpy"] = sys.modules["numpy"].random.get_state()
     return state
@@ -41,6 +42,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Restore what ``get_random_state`` returned."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        # The caller may have no such device: its seed is all that can be taken over.
+        torch.cuda.manual_seed_all(state["seed"])
     if "numpy" in state:
         import numpy
 

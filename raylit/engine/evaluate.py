@@ -40,7 +40,6 @@ class Evaluation:
 
     def __init__(self, parts: Parts, loop: Loop) -> None:
         self._parts, self._loop = parts, loop
-        self._logged_before: list[str] = []  # in the last run of this loop
         self.name = name = "validation" if loop is Loop.SANITY else loop.value
         own, event = parts.hooks.own, parts.hooks.event
         step = own(f"{name}_step")
@@ -72,8 +71,6 @@ class Evaluation:
         """
         state, metrics = self._parts.state, self._parts.metrics
         outer, state.loop = state.loop, self._loop
-        for name in self._logged_before:  # stale by now; a hook that asks too early gets a KeyError, no old number
-            state.callback_metrics.pop(name, None)
         self._parts.modes[:] = [(module, module.training) for module in self._parts.module.modules()]
         _call(self._model_eval, self._parts.module.eval)
         # inference_mode is the faster, but its tensors may never meet autograd; the person chooses.
@@ -85,12 +82,13 @@ class Evaluation:
                 _call(self._start)
                 _call(self._epoch_start)
                 kept = [self._one_loader(loader, index, limit, at_most) for index, loader in enumerate(loaders)]
+                if self._epoch_end is not None or self._epoch_ended is not None:
+                    state.callback_metrics.update(metrics.settle().callback)  # for these hooks to read
                 if self._epoch_end is not None:
                     self._epoch_end(kept[0] if len(kept) == 1 else kept)
                 _call(self._epoch_ended)
                 logged = metrics.end()
                 state.callback_metrics.update(logged.callback)
-                self._logged_before = list(logged.callback)
                 if self._loop is not Loop.SANITY:
                     state.progress_bar_metrics.update(logged.progress_bar)
                     state.logged_metrics.update(logged.logger)

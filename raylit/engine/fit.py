@@ -190,6 +190,11 @@ class Fit:
         if self._train.stepped and not parts.module.automatic_optimization:  # in a hook after the last batch
             state.global_step += 1
             self._train.stepped = []
+        hooks = parts.hooks
+        if self._epoch_end or hooks.event("on_train_epoch_end") or hooks.event("on_epoch_end"):
+            settled = metrics.settle()  # what the batches logged, for these hooks to read
+            state.callback_metrics.update(settled.callback)
+            state.progress_bar_metrics.update(settled.progress_bar)
         metrics.place = EPOCH_TRAIN
         collected = None if outputs is None else outputs.result()
         if self._epoch_end is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raylit.errors import LogError
-from raylit.metrics.fused import Agreement, reduce_alone
+from raylit.metrics.fused import Agreement, Reduced, reduce_alone
 from raylit.metrics.place import NO_EPOCH, Place
 from raylit.metrics.reduce import CHUNK, parse_reduction
 from raylit.metrics.slot import Metrics, Settings, Slot, call_site, key_names
@@ -40,6 +40,8 @@ class _Frame:
         self.batches = 0
         self.sized = 0  # batches whose size was read
         self.samples = 0  # their samples
+        self.settled: dict[str, Reduced] = {}  # what batches logged, reduced before the epoch hooks
+        self.is_settled = False
         self.place = NO_EPOCH  # the store's own place, kept while a loop within this one runs
         self.loader = 0
 
@@ -128,28 +130,39 @@ class MetricStore:
         were logged are reset. Raises LogError on every rank where ranks logged different keys.
         """
         frame = self._frames[-1]
-        with torch.inference_mode(False), torch.no_grad():  # results must be usable outside inference mode
-            for slot in frame.slots.values():
-                slot.finish_splits(self._size_for)
-                slot.running.fold()
-            if self._agreement is None:
-                reduced = reduce_alone(frame.slots, self._device)
-            else:
-                samples = frame.samples if frame.sized == frame.batches else -1
-                reduced = self._agreement.reduce(frame.loop, frame.slots, frame.batches, samples, self._device,
-                                                 self._find_metric)  # fmt: skip
+        left = {key: slot for key, slot in frame.slots.items() if not (frame.is_settled and slot.settings.in_batch)}
+        reduced = [*frame.settled.values(), *self._reduce(frame, left, " hooks" if frame.is_settled else "")]
         for slot in frame.slots.values():
             if slot.metric is not None:
                 slot.metric.reset()
         self._frames.pop()
         outer = self._frames[-1] if self._frames else _Frame("", 1)
         self._enter(outer.place, outer.loader)
-        metrics = Metrics.empty()
-        for entry, value in reduced:
-            if value is not None:
-                _, name = key_names(entry.key, entry.suffix, entry.settings)
-                _place(metrics, entry.settings, list(dict.fromkeys([name, entry.key])), name, value)
-        return metrics
+        return _readable(reduced)
+
+    def settle(self) -> Metrics:
+        """Reduce what the loop's batches logged, before its epoch hooks run, so that these can read it.
+
+        For where there are such hooks: it is a collective of its own, which every rank must call. What the hooks log
+        themselves follows in :meth:`end`.
+        """
+        frame = self._frames[-1]
+        logged = {key: slot for key, slot in frame.slots.items() if slot.settings.in_batch}
+        frame.settled = {each.entry.key: each for each in self._reduce(frame, logged, "")}
+        frame.is_settled = True
+        return _readable(list(frame.settled.values()))
+
+    def _reduce(self, frame: _Frame, slots: dict[str, Slot], part: str) -> list[Reduced]:
+        with torch.inference_mode(False), torch.no_grad():  # results must be usable outside inference mode
+            for slot in slots.values():
+                slot.finish_splits(self._size_for)
+                slot.running.fold()
+            if self._agreement is None:
+                return reduce_alone(slots, self._device)
+            samples = frame.samples if frame.sized == frame.batches else -1
+            return self._agreement.reduce(
+                frame.loop + part, slots, frame.batches, samples, self._device, self._find_metric
+            )
 
     def clear(self) -> None:
         """Forget all loops, after an exception. Meets no other worker."""
@@ -387,6 +400,16 @@ def _as_tensor(value: Any) -> Tensor:
         with torch.inference_mode(False):
             return value.clone()
     return value
+
+
+def _readable(reduced: list[Reduced]) -> Metrics:
+    """Sort reduced values by who reads them."""
+    metrics = Metrics.empty()
+    for entry, value in reduced:
+        if value is not None:
+            _, name = key_names(entry.key, entry.suffix, entry.settings)
+            _place(metrics, entry.settings, list(dict.fromkeys([name, entry.key])), name, value)
+    return metrics
 
 
 def _place(metrics: Metrics, settings: Settings, callback_names: list[str], name: str, value: Tensor) -> None:

@@ -605,7 +605,8 @@ def test_module_properties_before_during_and_after(tmp_path):
     changed = {"current_epoch": 1, "global_step": 4, "datamodule": data, "precision": "bf16-mixed", "use_amp": True}
     assert module.during == {**before, **changed}
     assert module.in_run == (trainer, trainer.optimizers[0], None, module)
-    assert properties(module) == before
+    # Afterwards they tell of the run that was.
+    assert properties(module) == {**before, **changed, "current_epoch": 2}
     assert data.trainer is None
     for call in (lambda: module.trainer, module.optimizers, module.lr_schedulers):
         with pytest.raises(NotAttachedError):
