@@ -64,7 +64,7 @@ class RunSpec:
     run_folder: str | None = None  # path or URI; None: nothing is kept
     random_state: dict[str, Any] | None = None  # of the caller's process
     order_seed: int = 0  # of the epochs' orders
-    epoch: int = 0  # where this fit begins
+    epoch: int = 0  # where a fit begins; where the fit before an evaluation ended
     global_step: int = 0
     checkpoint: dict[str, Any] | None = None  # a loaded checkpoint to go on from
 
@@ -104,11 +104,14 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
     state = view._state
     _fill(state, spec, world, device)
     strategy = pick_strategy(fit.strategy, world, device, fit.sync_batchnorm)
+    state.strategy_name = strategy.name
     precision = make_precision(fit.precision, device.type)
     if fit.automatic_optimization is not None:
         spec.module.automatic_optimization = fit.automatic_optimization
     if fit.prepare_data_per_node is not None:
-        (spec.datamodule or spec.module).prepare_data_per_node = fit.prepare_data_per_node
+        for owner in (spec.module, spec.datamodule):
+            if owner is not None:
+                owner.prepare_data_per_node = fit.prepare_data_per_node
     profiler = make_profiler(fit.profiler)
     watchers: list[Callback] = [] if profiler is None else [ProfiledRun(profiler)]
     hooks = HookTable(spec.module, Module, watchers + spec.callbacks, Callback, view)
@@ -160,8 +163,9 @@ def _fill(state: RunState, spec: RunSpec, world: World, device: torch.device) ->
     state.precision, state.log_dir = fit.precision, local_folder(spec.run_folder)
     state.max_epochs = -1 if fit.epoch_limit is None else fit.epoch_limit
     state.max_steps = -1 if fit.step_limit is None else fit.step_limit
-    if spec.stage is Stage.FIT:
-        state.epoch, state.global_step, state.batch_idx = spec.epoch, spec.global_step, -1
+    state.epoch, state.global_step, state.batch_idx = spec.epoch, spec.global_step, -1
+    # Another run's numbers are not this one's.
+    state.callback_metrics, state.logged_metrics, state.progress_bar_metrics = {}, {}, {}
 
 
 def local_folder(run_folder: str | None) -> str | None:

@@ -159,9 +159,11 @@ def come_home(trainer: Trainer, home: Homecoming, model: Module, callbacks: list
     state = trainer._state
     state.module, state.callbacks = model, callbacks
     state.status = Status(home.status)
-    state.epoch, state.global_step = home.epoch, home.global_step
-    state.num_training_batches = home.num_training_batches
+    if state.stage is Stage.FIT:
+        state.epoch, state.global_step = home.epoch, home.global_step
+        state.num_training_batches = home.num_training_batches
     state.world = World(world_size=home.world_size)
+    state.strategy_name = "ddp" if home.world_size > 1 else "single"
     state.callback_metrics, state.logged_metrics = home.metrics["callback"], home.metrics["logged"]
     state.progress_bar_metrics = home.metrics["progress_bar"]
     if home.history is not None:
@@ -178,9 +180,9 @@ def describe(
 
     state = trainer._state
     state.module, state.datamodule, state.callbacks, state.log_dir = model, datamodule, callbacks, run_folder
+    model.__dict__["_last_trainer"] = trainer  # what the Module's properties tell between runs
     state.stage = stage
     if stage is Stage.FIT:
-    model.__dict__["_last_trainer"] = trainer  # what the Module's properties tell between runs
         state.epoch, state.global_step = 0, 0
     seed = trainer._config.fit.seed
     return RunSpec(
@@ -194,6 +196,8 @@ def describe(
         run_folder=run_folder,
         random_state=None if trainer._config.placement.in_process else get_random_state(),
         order_seed=(torch.initial_seed() if seed is None else seed) % 2**32,
+        epoch=state.epoch,
+        global_step=state.global_step,
     )
 
 
@@ -227,10 +231,6 @@ def check_hooks(trainer: Trainer, model: Module, callbacks: list[Callback]) -> N
     HookTable(model, Module, callbacks, Callback, trainer)
 
 
-def check_before_fit(
-    trainer: Trainer, model: Module, callbacks: list[Callback], loaders: Loaders, datamodule: DataModule | None
-) -> None:
-    """Refuse a fit that cannot begin."""
 def check_step(stage: Stage, model: Module) -> None:
     """Refuse an evaluation of a Module that has not its step."""
     step = {Stage.VALIDATE: "validation_step", Stage.TEST: "test_step", Stage.PREDICT: "predict_step"}[stage]
@@ -251,6 +251,10 @@ def check_placement(trainer: Trainer) -> None:
         pick_device(World(), use_gpu=True)
 
 
+def check_before_fit(
+    trainer: Trainer, model: Module, callbacks: list[Callback], loaders: Loaders, datamodule: DataModule | None
+) -> None:
+    """Refuse a fit that cannot begin."""
     name = type(model).__name__
     for hook, without in (
         ("training_step", "write training_step(self, batch, batch_idx), returning the loss"),
@@ -258,11 +262,11 @@ def check_placement(trainer: Trainer) -> None:
     ):
         if not overridden(model, hook, Module):
             raise HookError(f"{name} has no {hook}: {without}")
+    check_placement(trainer)
     check_hooks(trainer, model, callbacks)
     check_loaders(trainer, Stage.FIT, model, loaders, datamodule)
     if overridden(model, "validation_step", Module) is False and loaders.get("validate") is not None:
         raise HookError(f"val_dataloaders are given, but {name} has no validation_step: write it, or leave them out")
-    check_placement(trainer)
 
 
 def check_loaders(
