@@ -96,7 +96,13 @@ class Trainer(TrainerView):
         # First line: locals() holds the arguments and nothing else yet.
         given = {key: value for key, value in locals().items() if key not in ("self", "unknown", "__class__")}
         super().__init__(RunState())
-        self._config = parse_trainer_args(**given, **unknown)
+        failed: ConfigError | None = None
+        try:
+            self._config = parse_trainer_args(**given, **unknown)
+        except ConfigError as error:
+            failed = error
+        if failed is not None:
+            raise failed.with_traceback(None)  # the caller's line and the message say it all
         fit = self._config.fit
         for callback in fit.callbacks:
             if not isinstance(callback, Callback):

@@ -39,6 +39,7 @@ class Job:
     channel: ChannelAddress | None = None
     sys_path: tuple[str, ...] = ()
     working_dir: str | None = None
+    argv: tuple[str, ...] = ()  # of the caller's script: hooks that read the command line see the same
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,12 @@ def _job_has_working_dir() -> bool:
     return "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
 
 
+def connected() -> bool:
+    """Whether Ray is initialised in this process. Does not import it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
 def available() -> dict[str, float]:
     """What the cluster has in all, used or free: ``{"CPU": 8.0, "GPU": 1.0, "memory": bytes, ...}``."""
     import ray
@@ -153,6 +159,8 @@ def misfit(num_workers: int, asked: Mapping[str, float], nodes: list[tuple[str, 
         listed = ", ".join(f"{_number(has.get(k, 0.0))} {k}" for k in asked)
         lines.append(f"  node {address}: {listed} -> {count}")
     hint = f"Use num_workers={sum(room)} or fewer" if sum(room) else "Ask for less per worker"
+    if asked.get("GPU") and not any(has.get("GPU") for _, has in nodes):
+        hint = "use_gpu=False trains on the CPUs"
     lines.append(f"{hint}, or lower resources_per_worker, or join a larger cluster (RAY_ADDRESS).")
     return "\n".join(lines)
 

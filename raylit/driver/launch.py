@@ -263,7 +263,7 @@ def lost_error(lost: Mapping[int, BaseException], workers: Mapping[int, tuple[st
     error = WorkerLostError(
         f"{who}{others} died without an exception: {told[:400]}\n"
         "Killed by the system (out of memory?), by a signal, or its node was lost. "
-        "max_failures=N lets a run go on from its last checkpoint."
+        "max_failures=N starts such a run again, from its beginning."
     )
     error.__dict__.update(raylit_rank=rank, raylit_node=workers[rank][0] if rank in workers else None)
     return error

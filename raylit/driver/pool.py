@@ -67,6 +67,8 @@ def launch_pooled(
         except BaseException as raised:
             # The process group is broken or half way through a collective: these workers cannot be used again.
             release()
+            if isinstance(raised, _Failed):
+                _look_at(raised.pending)
             error = KeyboardInterrupt() if isinstance(raised, KeyboardInterrupt) else raised
             if isinstance(raised, _Failed):
                 error = _callers_error(raised.errors, channel.workers if channel else {})
@@ -152,9 +154,9 @@ def _ranked(actors: list[Any], places: list[tuple[str, str, str]]) -> tuple[list
 class _Failed(Exception):
     """Some workers failed: rank -> what Ray raised for it."""
 
-    def __init__(self, errors: dict[int, BaseException]) -> None:
+    def __init__(self, errors: dict[int, BaseException], pending: list[Any]) -> None:
         super().__init__("workers failed")
-        self.errors = errors
+        self.errors, self.pending = errors, pending
 
 
 def _await(refs: list[Any]) -> bytes:
@@ -170,8 +172,18 @@ def _await(refs: list[Any]) -> bytes:
             except Exception as raised:
                 errors[refs.index(ref)] = raised
     if errors:
-        raise _Failed(errors)
+        raise _Failed(errors, pending)
     return bytes(ray.get(refs[0]))
+
+
+def _look_at(refs: list[Any]) -> None:
+    """Take note of the other workers' ends, or Ray prints each as an unhandled error; they have been killed."""
+    import ray
+
+    ended, _ = ray.wait(refs, num_returns=len(refs), timeout=5.0) if refs else ([], [])
+    for ref in ended:
+        with contextlib.suppress(Exception):
+            ray.get(ref)
 
 
 def _callers_error(errors: Mapping[int, BaseException], workers: Mapping[int, tuple[str, int]]) -> BaseException:

@@ -112,6 +112,10 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
 
     placement = trainer._config.placement
     payload = pack_spec(spec)  # before Ray is started: what cannot travel is refused here
+    if spec.stage is Stage.FIT or not cluster.connected():
+        workers = placement.worker_range[0]
+        text = f"starting {workers} Ray worker{'s' * (workers != 1)} ..."
+        display.event({"kind": "note", "text": text})  # the next line may take half a minute to come
     cluster.connect(placement.runtime_env)
     use_gpu = placement.use_gpu
     if use_gpu == "auto":
@@ -121,6 +125,7 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
         payload=with_gpu(payload, bool(use_gpu)),
         sys_path=tuple(entry for entry in sys.path if entry),
         working_dir=os.getcwd(),
+        argv=tuple(sys.argv),
     )
     where: dict[str, Any] = {
         "num_workers": placement.num_workers,

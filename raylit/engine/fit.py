@@ -214,6 +214,10 @@ class Fit:
         state.progress_bar_metrics.update(logged.progress_bar)
         parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)
         self._step_schedulers_by_epoch(state.epoch + 1)
+        if state.epoch == 0 and state.global_step == 0 and self.plan.optimizers:
+            parts.output.note(
+                "nothing was trained in epoch 1: no optimizer stepped; did training_step return the loss in any batch?"
+            )
         parts.output.loop_end(state, Loop.TRAIN, logged.callback)
         state.epoch += 1
         state.loop = None

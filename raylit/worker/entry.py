@@ -70,6 +70,8 @@ def take_callers_place(job: Job) -> None:
         os.chdir(job.working_dir)
     known = [entry for entry in job.sys_path if os.path.exists(entry or ".")]
     sys.path[:] = known + [entry for entry in sys.path if entry not in known]
+    if job.argv:
+        sys.argv[:] = job.argv
 
 
 def with_payload(job: Job) -> Job:

@@ -17,6 +17,7 @@ from typing import Any
 
 import cloudpickle
 
+from raylit.errors import RaylitError
 from raylit.wire import WorkerFailure, World
 
 _FRAMES_SHOWN = 4
@@ -68,7 +69,7 @@ def pack(error: BaseException, world: World) -> WorkerFailure:
 
 
 def user_frames(error: BaseException) -> tuple[tuple[str, int, str, str], ...]:
-    """The frames of the user's own files, outermost first; the last three frames of all where there are none."""
+    """The frames of the user's own files, outermost first; where there are none, the last three of all."""
     inside = _library_folders()
     frames = [
         (frame.filename, frame.lineno or 0, frame.name, (frame.line or "").strip())
@@ -76,7 +77,9 @@ def user_frames(error: BaseException) -> tuple[tuple[str, int, str, str], ...]:
     ]
     linecache.clearcache()
     own = [f for f in frames if not f[0].startswith(("<frozen", *inside))]
-    return tuple((own or frames[-3:])[-_FRAMES_KEPT:])
+    if not own and not isinstance(error, RaylitError):  # raylit's own refusals say all in their message
+        own = frames[-3:]
+    return tuple(own[-_FRAMES_KEPT:])
 
 
 def _library_folders() -> tuple[str, ...]:
