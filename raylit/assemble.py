@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from raylit.config.amounts import check_precision
 from raylit.config.trainer import TrainerConfig
 from raylit.data.batch import batch_size_of, split_time, to_device
 from raylit.datamodule import DataModule
+from raylit.engine.handle import ModuleHandle
 from raylit.engine.parts import Parts
 from raylit.engine.stages import StageResult, run_stage
 from raylit.errors import ConfigError
@@ -43,6 +43,7 @@ from raylit.wire import Job, World
 from raylit.worker.loaders import Loaders
 from raylit.worker.output import RunOutput
 from raylit.worker.profiled import ProfiledRun
+from raylit.worker.storage import local_folder
 
 if TYPE_CHECKING:
     from raylit.worker.channel import WorkerChannel
@@ -61,7 +62,8 @@ class RunSpec:
     loaders: dict[str, Any] = field(default_factory=dict)  # what was passed: "train", "validate", "test", "predict"
     callbacks: list[Callback] = field(default_factory=list)
     loggers: list[Any] = field(default_factory=list)
-    run_folder: str | None = None  # path or URI; None: nothing is kept
+    run_folder: str | None = None  # path or URI; None: nothing is kept. run() gets a path of its own machine
+    run_filesystem: Any = None  # pyarrow's, where the run folder is a path on it
     random_state: dict[str, Any] | None = None  # of the caller's process
     order_seed: int = 0  # of the epochs' orders
     epoch: int = 0  # where a fit begins; where the fit before an evaluation ended
@@ -134,6 +136,7 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         move=to_device, split_time=split_time,
     )  # fmt: skip
     if spec.checkpoint is not None:
+        checkpoint_hook(parts, "on_load_checkpoint")(spec.checkpoint)
         load_weights(spec.checkpoint, spec.module)
         if spec.stage is Stage.FIT:
             saved = spec.checkpoint
@@ -149,7 +152,7 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
             result = run_stage(parts, spec.stage)
             checkpoint = None
             if spec.stage is Stage.FIT and fit.enable_checkpointing and world.global_rank == 0:
-                checkpoint = collect(state)
+                checkpoint = collect(state, checkpoint_hook(parts, "on_save_checkpoint"))
         finally:
             output.finalize(state.status.value)
             strategy.teardown()
@@ -160,7 +163,7 @@ def _fill(state: RunState, spec: RunSpec, world: World, device: torch.device) ->
     fit = spec.config.fit
     state.world, state.device, state.module, state.datamodule = world, device, spec.module, spec.datamodule
     state.callbacks, state.loggers = spec.callbacks, spec.loggers
-    state.precision, state.log_dir = fit.precision, local_folder(spec.run_folder)
+    state.precision, state.log_dir = fit.precision, spec.run_folder
     state.max_epochs = -1 if fit.epoch_limit is None else fit.epoch_limit
     state.max_steps = -1 if fit.step_limit is None else fit.step_limit
     state.epoch, state.global_step, state.batch_idx = spec.epoch, spec.global_step, -1
@@ -168,15 +171,25 @@ def _fill(state: RunState, spec: RunSpec, world: World, device: torch.device) ->
     state.callback_metrics, state.logged_metrics, state.progress_bar_metrics = {}, {}, {}
 
 
-def local_folder(run_folder: str | None) -> str | None:
-    """The run folder where it is a path of this machine; a temporary folder where it is a URI (uploaded at the end)."""
-    if run_folder is None:
-        return None
-    if "://" in run_folder and not run_folder.startswith("file://"):
-        return tempfile.mkdtemp(prefix="raylit-")
-    path = run_folder.removeprefix("file://")
-    os.makedirs(path, exist_ok=True)
-    return path
+def checkpoint_hook(parts: Parts, name: str) -> Callable[[dict[str, Any]], None]:
+    """``on_save_checkpoint`` or ``on_load_checkpoint`` of callbacks, Module and DataModule as one call."""
+    shared, module, datamodule = parts.hooks.event(name), parts.module, parts.datamodule
+
+    def call(checkpoint: dict[str, Any]) -> None:
+        # The stage has not begun, or is over; ``trainer`` works in every hook.
+        module.__dict__["_run"] = ModuleHandle(parts)
+        try:
+            if shared is not None:
+                shared(checkpoint)
+            if datamodule is not None:
+                datamodule.trainer = parts.trainer
+                getattr(datamodule, name)(checkpoint)
+        finally:
+            module.__dict__.pop("_run", None)
+            if datamodule is not None:
+                datamodule.__dict__.pop("trainer", None)
+
+    return call
 
 
 def check_strategy(asked: Any) -> None:
@@ -286,25 +299,15 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     view = WorkerTrainer(RunState())
     # Only rank 0's objects go home, so only they are compared.
     departure = Departure.of(spec) if world.global_rank == 0 else None
-    outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)
+    with local_folder(spec.run_folder, spec.run_filesystem) as spec.run_folder:
+        outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)
     if spec.stage is Stage.FIT and spec.config.fit.enable_checkpointing and world.storage_path is not None:
         from raylit.worker.report import report_checkpoint
 
         report_checkpoint(outcome.checkpoint, metrics_as_floats(outcome.state.callback_metrics))
     if departure is None:
         return b""
-    _upload(spec.run_folder, outcome.state.log_dir)
     return pack(outcome, departure, view)
-
-
-def _upload(run_folder: str | None, local: str | None) -> None:
-    """Copy the run folder to its storage where it was kept in a temporary folder."""
-    if run_folder is None or local is None or "://" not in run_folder or run_folder.startswith("file://"):
-        return
-    import pyarrow.fs
-
-    filesystem, path = pyarrow.fs.FileSystem.from_uri(run_folder)
-    pyarrow.fs.copy_files(local, path, destination_filesystem=filesystem)
 
 
 def metrics_as_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -7,49 +7,30 @@ The keys are Lightning's, so that each library's ``load_from_checkpoint`` reads 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylit.checkpoint.safe import made_safe
 from raylit.errors import CheckpointError
 from raylit.view import RunState
 
 FILE_NAME = "model.ckpt"
 # Lightning migrates a file by this version when it loads one; the layout below is 2.0's.
 _LAYOUT_VERSION = "2.0.0"
-_PLAIN = (str, bytes, int, float, bool, type(None))
 
 
-def plain(value: Any) -> bool:
-    """Tell whether ``weights_only`` loading gives ``value`` back: tensors and plain values, in dicts and lists."""
-    if isinstance(value, Tensor) or type(value) in _PLAIN:
-        return True
-    if type(value) in (list, tuple, set):
-        return all(plain(item) for item in value)
-    return type(value) is dict and all(plain(k) and plain(v) for k, v in value.items())
+def collect(state: RunState, on_save: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
+    """Return the checkpoint of a fit as it stands between two epochs; tensors are copied to the CPU.
 
-
-def safe_hparams(params: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """Leave out the hyperparameters that could not be loaded safely, with a warning that names them."""
-    lost = [name for name, value in params.items() if not plain(value)]
-    if lost:
-        warnings.warn(
-            f"hyperparameters of {owner} left out of the checkpoint, as they are no plain values: {', '.join(lost)}. "
-            "Pass them to load_from_checkpoint.",
-            UserWarning,
-            stacklevel=2,
-        )
-    return {name: value for name, value in params.items() if name not in lost}
-
-
-def collect(state: RunState) -> dict[str, Any]:
-    """Return the checkpoint of a fit as it stands between two epochs; tensors are copied to the CPU."""
+    ``on_save`` may change it. What it then holds can be written and read: the rest is left out, with a warning.
+    """
     module = state.module
     assert module is not None
+    own_states = {_callback_key(c, i): c.state_dict() for i, c in enumerate(state.callbacks)}
     checkpoint: dict[str, Any] = {
         "pytorch-lightning_version": _LAYOUT_VERSION,
         "epoch": state.epoch,
@@ -57,16 +38,17 @@ def collect(state: RunState) -> dict[str, Any]:
         "state_dict": to_cpu(module.state_dict()),
         "optimizer_states": [to_cpu(optimizer.state_dict()) for optimizer in state.optimizers],
         "lr_schedulers": [to_cpu(scheduler.state_dict()) for scheduler in state.lr_schedulers],
-        "callbacks": {_callback_key(c, i): c.state_dict() for i, c in enumerate(state.callbacks) if c.state_dict()},
+        "callbacks": {key: own for key, own in own_states.items() if own},
         "loops": {},
         "hparams_name": "kwargs",
-        "hyper_parameters": safe_hparams(module.hparams, type(module).__name__),
+        "hyper_parameters": dict(module.hparams),
     }
     if state.datamodule is not None:
-        name = type(state.datamodule).__name__
-        checkpoint["datamodule_hyper_parameters"] = safe_hparams(state.datamodule.hparams, name)
-        checkpoint[name] = state.datamodule.state_dict()
-    return checkpoint
+        checkpoint["datamodule_hyper_parameters"] = dict(state.datamodule.hparams)
+        checkpoint[type(state.datamodule).__name__] = state.datamodule.state_dict()
+    if on_save is not None:
+        on_save(checkpoint)
+    return made_safe(checkpoint)
 
 
 def apply(checkpoint: dict[str, Any], state: RunState) -> None:
@@ -94,11 +76,13 @@ def _callback_key(callback: object, index: int) -> str:
 
 def to_cpu(value: Any) -> Any:
     """Return a copy of a nested value with every tensor detached and copied to the CPU."""
+    if torch.nn.parameter.is_lazy(value):
+        return value
     if isinstance(value, Tensor):
         return value.detach().cpu().clone() if value.device.type == "cpu" else value.detach().cpu()
     if isinstance(value, Mapping):
         return {key: to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)(to_cpu(item) for item in value)
     return value
 

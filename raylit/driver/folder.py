@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from raylit.config.placement import PlacementConfig
 from raylit.errors import ConfigError, RunExistsError
 from raylit.stage import Stage
+from raylit.worker.storage import is_remote, resolved
 
 _PROBE = ".raylit_write_check"
 
@@ -35,8 +37,10 @@ def claim(placement: PlacementConfig, module_name: str) -> str:
     """
     storage = placement.storage_path or default_storage()
     name = placement.name or new_name(module_name)
-    filesystem = getattr(placement.run_config, "storage_filesystem", None)
-    if "://" in storage or filesystem is not None:
+    filesystem = filesystem_of(placement)
+    if filesystem is None and storage.startswith("file:"):
+        storage = _path_of(storage)
+    if is_remote(storage, filesystem):
         return _claim_remote(storage, name, filesystem)
     path = os.path.join(os.path.abspath(os.path.expanduser(storage)), name)
     if os.path.isdir(path) and os.listdir(path):
@@ -54,13 +58,28 @@ def claim(placement: PlacementConfig, module_name: str) -> str:
     return path
 
 
+def filesystem_of(placement: PlacementConfig) -> Any:
+    """The pyarrow filesystem that Ray's RunConfig was given, if any."""
+    return getattr(placement.run_config, "storage_filesystem", None)
+
+
+def _path_of(uri: str) -> str:
+    try:
+        return str(resolved(uri)[1])
+    except ValueError as error:
+        raise ConfigError(
+            f"storage_path={uri!r} is no folder of this machine ({str(error).splitlines()[0]}); give a path, or "
+            "file:///and/a/path"
+        ) from None
+
+
 @contextlib.contextmanager
 def kept_if_used(folder: str | None) -> Iterator[None]:
     """Take a claimed folder of this machine away again where the run failed before it left anything in it."""
     try:
         yield
     except BaseException:
-        if folder is not None and "://" not in folder:
+        if folder is not None and os.path.isabs(folder):  # else it is a URI, or a path on another filesystem
             with contextlib.suppress(OSError):  # it holds something
                 os.rmdir(folder)
         raise
@@ -71,9 +90,7 @@ def _claim_remote(storage: str, name: str, filesystem: Any) -> str:
 
     folder = f"{storage.rstrip('/')}/{name}"
     try:
-        path = folder
-        if filesystem is None:
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(folder)
+        filesystem, path = resolved(folder, filesystem)
         found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
         if found:
             raise _taken(name, storage)
@@ -95,17 +112,20 @@ def _taken(name: str, storage: str) -> RunExistsError:
     )
 
 
-def as_path(folder: str | None) -> str | None:
-    """The folder as ``result.path`` shows it."""
-    return folder
-
-
 def split(folder: str) -> tuple[str, str]:
     """Split a run folder into Ray's storage_path and name."""
     storage, _, name = folder.rstrip("/").rpartition("/")
     return storage, name
 
 
-def temporary(stage: Stage) -> tuple[str, str]:
-    """Storage and name of a run that keeps nothing."""
-    return tempfile.gettempdir(), f"raylit-{stage.value}-{secrets.token_hex(4)}"
+@contextlib.contextmanager
+def storage_of(folder: str | None, stage: Stage) -> Iterator[tuple[str, str]]:
+    """Ray's storage_path and name for a run folder; where nothing is kept, those of a folder that goes at the end."""
+    if folder is not None:
+        yield split(folder)
+        return
+    storage, name = tempfile.gettempdir(), f"raylit-{stage.value}-{secrets.token_hex(4)}"
+    try:
+        yield storage, name
+    finally:
+        shutil.rmtree(os.path.join(storage, name), ignore_errors=True)

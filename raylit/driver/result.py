@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from raylit.worker.storage import download
+
 
 @dataclass(frozen=True)
 class LocalCheckpoint:
@@ -26,6 +28,26 @@ class LocalCheckpoint:
         """Copy the folder to ``path``, or to a new temporary one, and return that."""
         target = path or tempfile.mkdtemp(prefix="checkpoint_")
         shutil.copytree(self.path, target, dirs_exist_ok=True)
+        return os.fspath(target)
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint(LocalCheckpoint):
+    """A checkpoint folder on a storage: a URI, or a path on ``filesystem``. It is copied here when it is asked for."""
+
+    filesystem: Any = None
+
+    @contextlib.contextmanager
+    def as_directory(self) -> Iterator[str]:
+        """Give a temporary copy of the folder, which goes at the end."""
+        with tempfile.TemporaryDirectory(prefix="checkpoint_") as folder:
+            yield self.to_directory(folder)
+
+    def to_directory(self, path: str | None = None) -> str:
+        """Copy the folder to ``path``, or to a new temporary one, and return that."""
+        target = path or tempfile.mkdtemp(prefix="checkpoint_")
+        os.makedirs(target, exist_ok=True)
+        download(self.path, target, self.filesystem)
         return os.fspath(target)
 
 

@@ -20,7 +20,7 @@ from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
 from raylit.driver import folder as folders
-from raylit.driver.result import LocalCheckpoint, LocalResult
+from raylit.driver.result import LocalCheckpoint, LocalResult, StoredCheckpoint
 from raylit.errors import CheckpointError, ConfigError, DataError, HookError
 from raylit.hooks import HookTable, overridden
 from raylit.module import Module
@@ -29,11 +29,13 @@ from raylit.stage import Stage, Status
 from raylit.travel import Homecoming, pack_spec, receive, unpack, with_gpu
 from raylit.wire import Job, World
 from raylit.worker.loaders import HOOK
+from raylit.worker.storage import is_remote, local_folder
 
 if TYPE_CHECKING:
     from raylit.trainer import Trainer
 
 Loaders = dict[str, Any]
+_CHECKPOINT = "checkpoint_000000"  # as Ray names them
 
 
 def fit(trainer: Trainer, model: Module, loaders: Loaders, datamodule: DataModule | None, ckpt_path: Any) -> Any:
@@ -41,7 +43,7 @@ def fit(trainer: Trainer, model: Module, loaders: Loaders, datamodule: DataModul
     callbacks = merge_callbacks(trainer, model)
     check_before_fit(trainer, model, callbacks, loaders, datamodule)
     placement = trainer._config.placement
-    checkpoint = load_checkpoint(ckpt_path, model)
+    checkpoint = load_checkpoint(ckpt_path, model, callbacks, datamodule)
     keeps = trainer._config.fit.fast_dev_run == 0
     run_folder = folders.claim(placement, type(model).__name__) if keeps else None
     spec = describe(trainer, Stage.FIT, model, loaders, datamodule, callbacks, run_folder)
@@ -53,7 +55,8 @@ def fit(trainer: Trainer, model: Module, loaders: Loaders, datamodule: DataModul
         home = unpack(launched.outcome)
         come_home(trainer, home, model, callbacks)
         metrics = metrics_as_floats(home.metrics["callback"])
-        return dataclasses.replace(launched.result, metrics=metrics, return_value=None)
+        path = {} if keeps else {"path": None}  # what was there is gone
+        return dataclasses.replace(launched.result, metrics=metrics, return_value=None, **path)
 
 
 def evaluate(
@@ -69,7 +72,7 @@ def evaluate(
     check_loaders(trainer, stage, model, loaders, datamodule)
     # The folder of the fit before, where there was one: test results stand beside the training's.
     spec = describe(trainer, stage, model, loaders, datamodule, callbacks, trainer._state.log_dir)
-    spec.checkpoint = load_checkpoint(ckpt_path, model)
+    spec.checkpoint = load_checkpoint(ckpt_path, model, callbacks, datamodule)
     with shown(trainer) as display:
         if ckpt_path is None and model is trainer._state.module and trainer._state.status is Status.FINISHED:
             display.event({"kind": "note", "text": f"{stage.value} uses the model's current weights"})
@@ -90,18 +93,28 @@ def evaluate(
 def _run_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> Any:
     from raylit.assemble import run
 
-    return run(spec, World(), trainer, display.event, trainer._config.placement.use_gpu)
+    run_folder = spec.run_folder
+    try:
+        with local_folder(run_folder, spec.run_filesystem) as folder:
+            spec.run_folder = folder
+            outcome = run(spec, World(), trainer, display.event, trainer._config.placement.use_gpu)
+            if outcome.checkpoint is not None and folder is not None:
+                write(outcome.checkpoint, os.path.join(folder, _CHECKPOINT))
+            return outcome
+    finally:
+        spec.run_folder = trainer._state.log_dir = run_folder
 
 
 def _fit_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> LocalResult:
     outcome = _run_here(trainer, spec, display)
     metrics = metrics_as_floats(outcome.state.callback_metrics)
-    path = folders.as_path(spec.run_folder)
-    checkpoint = None
+    path = spec.run_folder
+    checkpoint: LocalCheckpoint | None = None
     if outcome.checkpoint is not None and path is not None:
-        target = os.path.join(path, "checkpoint_000000")
-        write(outcome.checkpoint, target)
-        checkpoint = LocalCheckpoint(target)
+        if is_remote(path, spec.run_filesystem):
+            checkpoint = StoredCheckpoint(f"{path}/{_CHECKPOINT}", spec.run_filesystem)
+        else:
+            checkpoint = LocalCheckpoint(os.path.join(path, _CHECKPOINT))
     return LocalResult(metrics=metrics, checkpoint=checkpoint, path=path)
 
 
@@ -137,18 +150,18 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
     if spec.stage is not Stage.FIT:
         # No checkpoint, no restart: plain actors do, which start sooner and are kept for the next evaluation.
         return pool.launch_pooled(job, placement_strategy=placement.placement_strategy or "PACK", **where)
-    storage, name = folders.split(run_folder) if run_folder is not None else folders.temporary(spec.stage)
-    return launch(
-        job,
-        placement_strategy=placement.placement_strategy,
-        scaling_config=placement.scaling_config,
-        run_config=placement.run_config,
-        failure_config=placement.failure_config,
-        name=name,
-        storage_path=storage,
-        max_failures=placement.max_failures,
-        **where,
-    )
+    with folders.storage_of(run_folder, spec.stage) as (storage, name):
+        return launch(
+            job,
+            placement_strategy=placement.placement_strategy,
+            scaling_config=placement.scaling_config,
+            run_config=placement.run_config,
+            failure_config=placement.failure_config,
+            name=name,
+            storage_path=storage,
+            max_failures=placement.max_failures,
+            **where,
+        )
 
 
 def _follow(trainer: Trainer, display: TerminalDisplay, event: dict[str, Any]) -> None:
@@ -199,6 +212,7 @@ def describe(
         callbacks=callbacks,
         loggers=pick_loggers(trainer, stage),
         run_folder=run_folder,
+        run_filesystem=folders.filesystem_of(trainer._config.placement),
         random_state=None if trainer._config.placement.in_process else get_random_state(),
         order_seed=(torch.initial_seed() if seed is None else seed) % 2**32,
         epoch=state.epoch,
@@ -302,15 +316,23 @@ def check_loaders(
             prepare_all(source, stage=each, name=name, **place)
 
 
-def load_checkpoint(path: Any, model: Module) -> dict[str, Any] | None:
+def load_checkpoint(
+    path: Any, model: Module, callbacks: list[Callback], datamodule: DataModule | None
+) -> dict[str, Any] | None:
     """Read ``ckpt_path``; ``"last"`` and ``"best"`` need what only ModelCheckpoint keeps."""
     if path is None:
         return None
     if path in ("last", "best"):
         raise CheckpointError(f"ckpt_path={path!r} is not there yet: give a path or result.checkpoint")
     checkpoint = read(path)
-    if not (overridden(model, "setup", Module) or overridden(model, "configure_model", Module)):
-        check_weights(checkpoint, model)  # else layers may be made there
+    made_later = overridden(model, "setup", Module) or overridden(model, "configure_model", Module)
+    changed_later = (
+        overridden(model, "on_load_checkpoint", Module)
+        or (datamodule is not None and overridden(datamodule, "on_load_checkpoint", DataModule))
+        or any(overridden(callback, "on_load_checkpoint", Callback) for callback in callbacks)
+    )
+    if not (made_later or changed_later):  # the layers, or the checkpoint
+        check_weights(checkpoint, model)
     return checkpoint
 
 
