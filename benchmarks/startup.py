@@ -138,7 +138,7 @@ def _job() -> Any:
     return Job("fit", b"", sys_path=(str(HERE), str(HERE.parent)), working_dir=os.getcwd())
 
 
-def on_ray(rounds: int, worker_counts: list[int]) -> dict[str, Any]:
+def on_ray(rounds: int, worker_counts: list[int], only: list[str] | None) -> dict[str, Any]:
     import ray
 
     from raylit.driver import cluster
@@ -155,11 +155,14 @@ def on_ray(rounds: int, worker_counts: list[int]) -> dict[str, Any]:
         import raylit.driver.pool
 
         variants.update({"pool, cold": pooled_job, "pool, warm": pooled_again})
+    if only:
+        variants = {name: variants[name] for name in only}
     seen: dict[str, list[Measured]] = {}
     for number in range(rounds + 1):
         # The pool's warm call must follow its cold one; the Ray Train variants change places.
         order = list(variants)
-        order[:3] = order[number % 3 : 3] + order[: number % 3]
+        trains = min(3, len(order))
+        order[:trains] = order[number % trains : trains] + order[: number % trains]
         for workers in worker_counts:
             for name in order:
                 measured = variants[name](workers)
@@ -241,11 +244,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", help="names of variants, e.g. TorchTrainer raylit; all where not given")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
 
     figures: dict[str, Any] = {"imports_s": imports(asked.rounds), "in_process_s": in_process(asked.rounds)}
-    figures["on_ray"] = on_ray(asked.rounds, asked.workers)
+    figures["on_ray"] = on_ray(asked.rounds, asked.workers, asked.only)
     print(f"\n{'variant':<26}{'first step':>12}{'x bare':>9}{'total':>9}{'x bare':>9}")
     for name, figure in figures["on_ray"].items():
         bare = figures["on_ray"][f"TorchTrainer, {name.rsplit(', ', 1)[1]}"]
