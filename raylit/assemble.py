@@ -136,8 +136,13 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         move=to_device, split_time=split_time,
     )  # fmt: skip
     if spec.checkpoint is not None:
-        checkpoint_hook(parts, "on_load_checkpoint")(spec.checkpoint)
-        load_weights(spec.checkpoint, spec.module)
+        loaded = spec.checkpoint
+
+        def load() -> None:
+            checkpoint_hook(parts, "on_load_checkpoint")(loaded)
+            load_weights(loaded, spec.module)
+
+        parts.load = load
         if spec.stage is Stage.FIT:
             saved = spec.checkpoint
             state.epoch, state.global_step = int(saved["epoch"]), int(saved["global_step"])
@@ -176,8 +181,10 @@ def checkpoint_hook(parts: Parts, name: str) -> Callable[[dict[str, Any]], None]
     shared, module, datamodule = parts.hooks.event(name), parts.module, parts.datamodule
 
     def call(checkpoint: dict[str, Any]) -> None:
-        # The stage has not begun, or is over; ``trainer`` works in every hook.
-        module.__dict__["_run"] = ModuleHandle(parts)
+        # Loading is within the stage, saving after it; ``trainer`` works in every hook.
+        within = "_run" in module.__dict__
+        if not within:
+            module.__dict__["_run"] = ModuleHandle(parts)
         try:
             if shared is not None:
                 shared(checkpoint)
@@ -185,9 +192,10 @@ def checkpoint_hook(parts: Parts, name: str) -> Callable[[dict[str, Any]], None]
                 datamodule.trainer = parts.trainer
                 getattr(datamodule, name)(checkpoint)
         finally:
-            module.__dict__.pop("_run", None)
-            if datamodule is not None:
-                datamodule.__dict__.pop("trainer", None)
+            if not within:
+                module.__dict__.pop("_run", None)
+                if datamodule is not None:
+                    datamodule.__dict__.pop("trainer", None)
 
     return call
 

@@ -101,6 +101,8 @@ def _setup(parts: Parts, stage: Stage) -> None:
     configure = parts.hooks.own("configure_model")
     if configure is not None:
         configure()
+    if parts.load is not None:
+        parts.load()
     # The optimizers must see the parameters where they will stay.
     parts.precision.convert_module(parts.module)
     parts.strategy.setup_module(parts.module)
