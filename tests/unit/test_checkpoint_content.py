@@ -119,7 +119,7 @@ def test_the_rest_is_left_out_with_one_warning_that_names_it(tmp_path: Path) -> 
         deep = [deep]
     checkpoint = {
         "callbacks": {"X:0": {"lock": lock, "count": 1}},
-        "optimizer_states": [{"param_groups": [{"lr": 0.1, "fn": print}]}],
+        "optimizer_states": [{"param_groups": [{"lr": 0.1, "fn": len}]}],
         "items": {"all": [1, lock], "kept": 2},
         "odd": Odd.THING,
         "nested": {"itself": itself, "deep": deep, "big": 2**3000, SimpleNamespace: 1,
