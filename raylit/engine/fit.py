@@ -221,8 +221,6 @@ class Fit:
         parts.output.loop_end(state, Loop.TRAIN, logged.callback)
         state.epoch += 1
         state.loop = None
-        if parts.on_epoch_settled is not None:
-            parts.on_epoch_settled()
 
     def _batches(self, outputs: EpochOutputs | None) -> None:
         """Train on the epoch's batches. What stands in this loop is paid for at every step."""

@@ -67,8 +67,6 @@ class Parts:
     split_time: Callable[[Any, int], list[Any]] | None = None
     # loads a checkpoint's weights, once setup and configure_model have made every layer
     load: Callable[[], None] | None = None
-    # called at the end of each training epoch with everything settled: a checkpoint may be taken here
-    on_epoch_settled: Callable[[], None] | None = None
     # a stop that only this rank knows of (signal, preemption); asked where all ranks agree on stopping
     resume: Callable[[Any], None] | None = None
     # each submodule's mode before the evaluation that runs
