@@ -6,18 +6,18 @@
     python benchmarks/step_overhead.py --where worker                  both loops inside one Ray worker
     python benchmarks/step_overhead.py --memory                        peak memory, a process each
 
-How it is measured. Each contestant runs the same model class, optimizer and list of prebuilt batches. The clock is
-read inside ``training_step``, at the first step after the warm-up and at the last one, so neither start-up nor the
-end counts and everything between two steps does. A round runs every contestant once; the order turns by one each
-round. The table holds the median over rounds, the ratio of the medians, the ratio of the best rounds, and the range
-of the ratios of single rounds: where that is wide, the machine was busy with something else.
+How it is measured. Each contestant runs the same model class, optimizer and list of prebuilt batches, each in a thread
+of its own, and they take turns: ``training_step`` hands over to the next contestant after every block of steps, so that
+whatever else the machine does meets them all alike. The clock is read inside ``training_step``, a few steps after a
+turn began and at its last step: start-up, the end and the hand-over do not count, everything between two steps does.
+The table holds the median seconds of a step, and of each block's ratio to the hand-written loop's block beside it the
+median and the quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import logging
 import os
 import platform
@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,9 +39,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
-Contestant = Callable[["Case"], float]  # returns seconds a step
+Contestant = Callable[["Case", str], Any]  # the case, and an empty folder; the turns hold what was measured
 
-WARMUP_SHARE = 0.1
+BLOCK = {"mlp": 50, "transformer": 5}  # steps in a turn
+SETTLE = {"mlp": 5, "transformer": 1}  # steps at its beginning that are not timed: the caches are another's
+WARMUP_TURNS = 4
 
 
 class Transformer(nn.Module):
@@ -57,12 +60,42 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.embed(tokens)).mean(1))
 
 
+class Turns:
+    """Lets one of several threads run at a time, and keeps what each block of steps took."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}  # a step, one entry a block
+        self.failure: BaseException | None = None
+        self._gates = {name: threading.Semaphore(0) for name in names}
+        self._gates[names[0]].release()
+
+    def wait(self, name: str) -> None:
+        """Wait until it is this contestant's turn."""
+        self._gates[name].acquire()
+        if self.failure is not None:
+            self._gates[name].release()
+            raise RuntimeError("another contestant failed") from self.failure
+
+    def pass_on(self, name: str) -> None:
+        """Give the turn to the next contestant."""
+        self._gates[self.names[(self.names.index(name) + 1) % len(self.names)]].release()
+
+    def stop(self, error: BaseException) -> None:
+        """Wake everyone up to end with ``error``."""
+        self.failure = self.failure or error
+        for gate in self._gates.values():
+            gate.release()
+
+
 class Case:
     """One model, its batches and how many steps are run."""
 
-    def __init__(self, model: str, steps: int, log: int = 0, optimizer: str = "adamw") -> None:
-        self.model, self.steps, self.log, self.optimizer = model, steps, log, optimizer
-        self.first = max(1, int(steps * WARMUP_SHARE))  # the clock starts here, counted from 0
+    def __init__(self, model: str, blocks: int, log: int = 0, optimizer: str = "adamw") -> None:
+        self.model, self.blocks, self.log, self.optimizer = model, blocks, log, optimizer
+        self.block, self.settle = BLOCK[model], SETTLE[model]
+        self.steps = self.block * (WARMUP_TURNS + blocks) + 1  # the last one ends the last block
+        self.turns: Turns | None = None
         draw = torch.Generator().manual_seed(0)
         if model == "mlp":
             few = [(torch.randn(32, 32, generator=draw), torch.randint(10, (32,), generator=draw)) for _ in range(64)]
@@ -71,39 +104,58 @@ class Case:
                 (torch.randint(256, (16, 64), generator=draw), torch.randint(10, (16,), generator=draw))
                 for _ in range(8)
             ]
-        self.batches: list[Batch] = [few[i % len(few)] for i in range(steps)]
+        self.batches: list[Batch] = [few[i % len(few)] for i in range(self.steps)]
 
     def net(self) -> nn.Module:
         if self.model == "mlp":
             return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
         return Transformer()
 
-    def module(self, base: type[nn.Module], log: int = 0) -> Any:
+    def module(self, base: type[nn.Module], name: str, log: int = 0) -> Any:
         """Build the contestants' common model on ``base``: nn.Module, or a library's Module."""
         torch.manual_seed(0)
-        return task_class(base)(self.net(), self.first, self.steps - 1, log, self.optimizer)
+        module = task_class(base)(self.net(), self.block, self.settle, log, self.optimizer)
+        module.__dict__["turns"], module.__dict__["name"] = self.turns, name  # past nn.Module: plain attributes
+        return module
 
 
 def task_class(base: type[nn.Module]) -> type[nn.Module]:
     class Task(base):  # type: ignore[misc, valid-type]
-        def __init__(self, net: nn.Module, first: int, last: int, log: int, optimizer: str) -> None:
+        turns: Turns | None = None
+        name = ""
+
+        def __init__(self, net: nn.Module, block: int, settle: int, log: int, optimizer: str) -> None:
             super().__init__()
             self.net = net
-            self.first, self.last, self.optimizer_name = first, last, optimizer
+            self.block, self.settle, self.optimizer_name = block, settle, optimizer
             self.names = [f"metric_{i}" for i in range(log)]
-            self.stamps: list[float] = []
+            self.__dict__["began"] = 0.0
 
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x)
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-            if batch_idx == self.first or batch_idx == self.last:
-                self.stamps.append(time.perf_counter())
+            in_block = batch_idx % self.block
+            if in_block == 0:
+                self.next_turn(batch_idx)
+            elif in_block == self.settle:
+                self.__dict__["began"] = time.perf_counter()
             x, y = batch
             loss = F.cross_entropy(self(x), y)
             for name in self.names:
                 self.log(name, loss, on_step=True, on_epoch=True)
             return loss
+
+        def next_turn(self, batch_idx: int) -> None:
+            """End the block that ran, let the others run theirs, and begin the next one."""
+            if self.turns is None:
+                return
+            if batch_idx:
+                took = (time.perf_counter() - self.began) / (self.block - self.settle)
+                if batch_idx > WARMUP_TURNS * self.block:
+                    self.turns.seconds[self.name].append(took)
+                self.turns.pass_on(self.name)
+            self.turns.wait(self.name)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             if self.optimizer_name == "adamw":
@@ -113,75 +165,59 @@ def task_class(base: type[nn.Module]) -> type[nn.Module]:
     return Task
 
 
-def seconds_a_step(module: Any) -> float:
-    start, end = module.stamps[-2:]
-    return (end - start) / (module.last - module.first)
-
-
 # --- the contestants ------------------------------------------------------------------------------------------------
 
 
-def hand_epoch(module: Any, batches: list[Batch], optimizer: torch.optim.Optimizer) -> None:
-    for batch_idx, batch in enumerate(batches):
+def hand(case: Case, folder: str) -> None:
+    module = case.module(nn.Module, "hand")
+    optimizer = module.configure_optimizers()
+    for batch_idx, batch in enumerate(case.batches):
         loss = module.training_step(batch, batch_idx)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def hand(case: Case) -> float:
-    module = case.module(nn.Module)
-    hand_epoch(module, case.batches, module.configure_optimizers())
-    return seconds_a_step(module)
-
-
-def raylit_off(case: Case) -> float:
+def raylit_off(case: Case, folder: str) -> None:
     import raylit
 
-    module = case.module(raylit.Module, case.log)
-    with quiet() as folder:
-        raylit.Trainer(
-            num_workers=0, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-            enable_checkpointing=False, storage_path=folder,
-        ).fit(module, train_dataloaders=case.batches)  # fmt: skip
-    return seconds_a_step(module)
+    raylit.Trainer(
+        num_workers=0, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, storage_path=folder,
+    ).fit(case.module(raylit.Module, "raylit", case.log), train_dataloaders=case.batches)  # fmt: skip
 
 
-def raylit_on(case: Case) -> float:
+def raylit_on(case: Case, folder: str) -> None:
     import raylit
 
-    module = case.module(raylit.Module, case.log)
-    with quiet() as folder:
-        raylit.Trainer(num_workers=0, max_epochs=1, storage_path=folder).fit(module, train_dataloaders=case.batches)
-    return seconds_a_step(module)
+    module = case.module(raylit.Module, "raylit_on", case.log)
+    raylit.Trainer(num_workers=0, max_epochs=1, storage_path=folder).fit(module, train_dataloaders=case.batches)
 
 
-def fabric(case: Case) -> float:
+def fabric(case: Case, folder: str) -> None:
     from lightning.fabric import Fabric
 
     run = Fabric(accelerator="cpu", devices=1)
-    task = case.module(nn.Module)
+    task = case.module(nn.Module, "fabric")
     module, optimizer = run.setup(task, task.configure_optimizers())
     for batch_idx, batch in enumerate(case.batches):
         loss = module.training_step(batch, batch_idx)
         run.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-    return seconds_a_step(task)
 
 
-def accelerate(case: Case) -> float:
+def accelerate(case: Case, folder: str) -> None:
     from accelerate import Accelerator
 
     run = Accelerator(cpu=True)
-    task = case.module(nn.Module)
+    task = case.module(nn.Module, "accelerate")
     module, optimizer = run.prepare(task, task.configure_optimizers())
     for batch_idx, batch in enumerate(case.batches):
         loss = module.training_step(batch, batch_idx)
         run.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-    return seconds_a_step(task)
 
 
 class Loader:
@@ -197,27 +233,23 @@ class Loader:
         return iter(self.batches)
 
 
-def lightning_off(case: Case) -> float:
+def lightning_off(case: Case, folder: str) -> None:
     import lightning
 
-    module = case.module(lightning.LightningModule, case.log)
-    with quiet():
-        lightning.Trainer(
-            max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, enable_checkpointing=False,
-        ).fit(module, Loader(case.batches))  # fmt: skip
-    return seconds_a_step(module)
+    module = case.module(lightning.LightningModule, "lightning", case.log)
+    lightning.Trainer(
+        max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    ).fit(module, Loader(case.batches))  # fmt: skip
 
 
-def lightning_on(case: Case) -> float:
+def lightning_on(case: Case, folder: str) -> None:
     import lightning
 
-    module = case.module(lightning.LightningModule, case.log)
-    with quiet() as folder:
-        lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, default_root_dir=folder).fit(
-            module, Loader(case.batches)
-        )
-    return seconds_a_step(module)
+    module = case.module(lightning.LightningModule, "lightning_on", case.log)
+    lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, default_root_dir=folder).fit(
+        module, Loader(case.batches)
+    )
 
 
 CONTESTANTS: dict[str, tuple[str, Contestant]] = {
@@ -251,65 +283,89 @@ def quiet() -> Iterator[str]:
             logging.disable(logging.NOTSET)
 
 
-# --- rounds ---------------------------------------------------------------------------------------------------------
+# --- turns ----------------------------------------------------------------------------------------------------------
 
 
-def rounds_here(case: Case, names: list[str], rounds: int) -> dict[str, list[float]]:
-    """Run every contestant once a round in this process; the order turns by one each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            gc.collect()
-            seconds[name].append(CONTESTANTS[name][1](case))
-    return seconds
+def turns_here(case: Case, names: list[str]) -> dict[str, list[float]]:
+    """Run every contestant in a thread of this process, by turns; return seconds a step, one entry a block."""
+    turns = case.turns = Turns(names)
+    with quiet() as folder:
+        threads = [threading.Thread(target=contestant, args=(case, name, folder), daemon=True) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if turns.failure is not None:
+        raise turns.failure
+    return turns.seconds
+
+
+def contestant(case: Case, name: str, folder: str) -> None:
+    assert case.turns is not None
+    own = os.path.join(folder, name)
+    os.mkdir(own)
+    try:
+        CONTESTANTS[name][1](case, own)
+    except BaseException as error:
+        case.turns.stop(error)
+    else:
+        case.turns.pass_on(name)
 
 
 def worker_task(case: Case) -> Any:
-    """A Module whose every epoch is one round: the hand-written loop in ``on_train_epoch_start``, then raylit's own."""
+    """A Module whose epoch runs the hand-written loop in a second thread, turn by turn with raylit's own."""
     import raylit
 
     class Both(task_class(raylit.Module)):  # type: ignore[misc]
-        hand_seconds: tuple[float, ...] = ()
-        raylit_seconds: tuple[float, ...] = ()
+        measured: dict[str, list[float]] | None = None
 
         def on_train_epoch_start(self) -> None:
-            gc.collect()
-            self.hand_seconds += (hand(case),)
-            gc.collect()
+            turns = case.turns = Turns(["hand", "raylit"])
+            self.__dict__["turns"], self.__dict__["name"] = turns, "raylit"
+            self.__dict__["thread"] = threading.Thread(
+                target=contestant, args=(case, "hand", tempfile.mkdtemp()), daemon=True
+            )
+            self.__dict__["thread"].start()
 
         def on_train_epoch_end(self) -> None:
-            self.raylit_seconds += (seconds_a_step(self),)
+            turns = self.__dict__.pop("turns")
+            turns.pass_on("raylit")
+            self.__dict__.pop("thread").join()
+            case.turns = None
+            if turns.failure is not None:
+                raise turns.failure
+            self.measured = turns.seconds
 
     torch.manual_seed(0)
-    return Both(case.net(), case.first, case.steps - 1, case.log, case.optimizer)
+    return Both(case.net(), case.block, case.settle, case.log, case.optimizer)
 
 
-def rounds_in_worker(case: Case, rounds: int) -> dict[str, list[float]]:
-    """The same inside one Ray worker; the figures come back as attributes of the model."""
+def turns_in_worker(case: Case) -> dict[str, list[float]]:
+    """The same inside one Ray worker; the figures come back as an attribute of the model."""
     import raylit
 
     module = worker_task(case)
     with quiet() as folder:
         raylit.Trainer(
-            num_workers=1, max_epochs=rounds, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            num_workers=1, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
             enable_checkpointing=False, storage_path=folder,
         ).fit(module, train_dataloaders=case.batches)  # fmt: skip
-    return {"hand": list(module.hand_seconds), "raylit": list(module.raylit_seconds)}
+    assert module.measured is not None
+    return module.measured
 
 
 def print_table(title: str, seconds: dict[str, list[float]]) -> None:
     base = seconds["hand"]
     print(f"\n{title}")
-    print(f"| {'':26} | us a step | x hand | us over hand | best round | single rounds |")
-    print(f"| {'---':26} | --------: | -----: | -----------: | ---------: | ------------: |")
+    print(f"| {'':26} | us a step | x hand | quartiles of x | us over hand |")
+    print(f"| {'---':26} | --------: | -----: | -------------: | -----------: |")
     for name, values in seconds.items():
-        middle, middle_base = statistics.median(values), statistics.median(base)
         ratios = [value / other for value, other in zip(values, base)]
+        over = statistics.median(value - other for value, other in zip(values, base))
+        low, middle, high = statistics.quantiles(ratios, n=4)
         print(
-            f"| {CONTESTANTS[name][0]:26} | {middle * 1e6:9.1f} | {middle / middle_base:6.3f} "
-            f"| {(middle - middle_base) * 1e6:12.1f} | {min(values) / min(base):10.3f} "
-            f"| {min(ratios):6.3f}-{max(ratios):.3f} |",
+            f"| {CONTESTANTS[name][0]:26} | {statistics.median(values) * 1e6:9.1f} | {middle:6.3f} "
+            f"|  {low:6.3f}-{high:6.3f} | {over * 1e6:12.1f} |",
             flush=True,
         )
 
@@ -320,7 +376,7 @@ def memory(case: Case, names: list[str], rounds: int) -> None:
     print(f"| {'':26} |   MiB | x hand |\n| {'---':26} | ----: | -----: |")
     base = 0.0
     for name in names:
-        command = [sys.executable, __file__, "--child", name, "--models", case.model, "--steps", str(case.steps)]
+        command = [sys.executable, __file__, "--child", name, "--models", case.model, "--blocks", str(case.blocks)]
         command += ["--log", str(case.log), "--optimizer", case.optimizer]
         peaks = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
                  for _ in range(rounds)]  # fmt: skip
@@ -349,8 +405,7 @@ def installed(peers: list[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="of the MLP; the transformer runs a twentieth")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--blocks", type=int, default=200, help="timed blocks of 50 steps (transformer: 5 steps)")
     parser.add_argument("--peers", default="", help="of fabric,accelerate,lightning; several with commas")
     parser.add_argument("--models", default="mlp,transformer")
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="sgd: a step half as long")
@@ -367,21 +422,22 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module=r"lightning|accelerate")
     if args.child:
-        CONTESTANTS[args.child][1](Case(models[0], args.steps, args.log, args.optimizer))
+        with quiet() as folder:
+            CONTESTANTS[args.child][1](Case(models[0], args.blocks, args.log, args.optimizer), folder)
         print(peak_mib())
         return
 
     names = ["hand", "raylit", "raylit_on", *installed(peers)]
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, one thread")
     for model in models:
-        case = Case(model, args.steps if model == "mlp" else max(20, args.steps // 20), args.log, args.optimizer)
-        title = f"{model}, {args.optimizer}, {case.steps} steps, {args.rounds} rounds, {args.log} metrics logged a step"
+        case = Case(model, args.blocks, args.log, args.optimizer)
+        title = f"{model}, {args.optimizer}, {args.blocks} blocks of {case.block} steps, {args.log} metrics logged a step"
         if args.memory:
-            memory(case, [name for name in names if not name.endswith("_on")], min(args.rounds, 3))
+            memory(case, [name for name in names if not name.endswith("_on")], 3)
         elif args.where == "worker":
-            print_table(f"{title}, inside one Ray worker", rounds_in_worker(case, args.rounds))
+            print_table(f"{title}, inside one Ray worker", turns_in_worker(case))
         else:
-            print_table(f"{title}, in process", rounds_here(case, names, args.rounds))
+            print_table(f"{title}, in process", turns_here(case, names))
 
 
 if __name__ == "__main__":
