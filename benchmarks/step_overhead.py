@@ -431,7 +431,8 @@ def main() -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, one thread")
     for model in models:
         case = Case(model, args.blocks, args.log, args.optimizer)
-        title = f"{model}, {args.optimizer}, {args.blocks} blocks of {case.block} steps, {args.log} metrics logged a step"
+        size = f"{args.blocks} blocks of {case.block} steps"
+        title = f"{model}, {args.optimizer}, {size}, {args.log} metrics logged a step"
         if args.memory:
             memory(case, [name for name in names if not name.endswith("_on")], 3)
         elif args.where == "worker":

@@ -79,7 +79,8 @@ def two_hosts(hidden: Path, environment: dict[str, str]) -> Iterator[str]:
         port = probe.getsockname()[1]
     address = f"127.0.0.1:{port}"
     own = ["--num-cpus=1", "--object-store-memory=100000000", "--block"]
-    head = [str(RAY), "start", "--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1", *own]
+    head = [str(RAY), "start", "--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
+    head += own
     member = [str(RAY), "start", f"--address={address}", "--node-ip-address=127.0.0.2", *own]
     hide = 'mount -t tmpfs none "$1" && shift && exec "$@"'
     running: list[subprocess.Popen[str]] = []
