@@ -38,11 +38,11 @@ def get_random_state() -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what ``get_random_state`` returned."""
+def set_random_state(state: dict[str, Any], devices: bool = True) -> None:
+    """Restore what ``get_random_state`` returned. ``devices=False``: the GPUs' generators stay as they are."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
+    if devices and torch.cuda.is_available():
         # The caller may have no such device: its seed is all that can be taken over.
         torch.cuda.manual_seed_all(state["seed"])
     if "numpy" in state:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from raylit.config.placement import PlacementConfig
 from raylit.errors import SerializationError
+from raylit.seed import get_random_state
 from raylit.stage import Status
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Homecoming:
     stage_metrics: list[dict[str, Tensor]]
     predictions: Any
     history: Any
+    random_state: dict[str, Any] | None = None  # of rank 0's process, at the end
     tensors: dict[str, Tensor] = field(default_factory=dict)  # parameters and buffers by name
     frozen: list[str] = field(default_factory=list)  # parameters that require no gradients
     layers: bytes | None = None  # the Module's layers themselves, where these changed on the worker
@@ -266,6 +268,7 @@ def pack(outcome: RunOutcome, departure: Departure, trainer: Any = None) -> byte
         stage_metrics=[_cpu(metrics) for metrics in outcome.result.metrics],
         predictions=outcome.result.predictions,
         history=state.history.table() if state.history is not None else None,
+        random_state=get_random_state(),
     )  # fmt: skip
     around = (outcome.callbacks, trainer, state.datamodule)
     ties = Ties.of(module, *around)

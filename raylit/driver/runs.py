@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from raylit.assemble import RunSpec, check_strategy, metrics_as_floats, pick_device
+from raylit.assemble import RunSpec, check_strategy, metrics_as_floats, pick_device, strategy_name
 from raylit.callback import Callback
 from raylit.checkpoint import check_weights, read, write
 from raylit.data.loader import prepare_all, prepare_train
@@ -24,7 +24,7 @@ from raylit.driver.result import LocalCheckpoint, LocalResult, StoredCheckpoint
 from raylit.errors import CheckpointError, ConfigError, DataError, HookError
 from raylit.hooks import HookTable, overridden
 from raylit.module import Module
-from raylit.seed import get_random_state
+from raylit.seed import get_random_state, set_random_state
 from raylit.stage import Stage, Status
 from raylit.travel import Homecoming, pack_spec, receive, unpack, with_gpu
 from raylit.wire import Job, World
@@ -70,10 +70,14 @@ def evaluate(
     check_placement(trainer)
     check_hooks(trainer, model, callbacks)
     check_loaders(trainer, stage, model, loaders, datamodule)
+    checkpoint = load_checkpoint(ckpt_path, model, callbacks, datamodule)
     # The folder of the fit before, where there was one: test results stand beside the training's.
-    spec = describe(trainer, stage, model, loaders, datamodule, callbacks, trainer._state.log_dir)
-    spec.checkpoint = load_checkpoint(ckpt_path, model, callbacks, datamodule)
-    with shown(trainer) as display:
+    run_folder = trainer._state.log_dir
+    if run_folder is None and keeps_values(trainer):
+        run_folder = folders.claim(trainer._config.placement, type(model).__name__, stage)
+    spec = describe(trainer, stage, model, loaders, datamodule, callbacks, run_folder)
+    spec.checkpoint = checkpoint
+    with shown(trainer) as display, folders.kept_if_used(run_folder):
         if ckpt_path is None and model is trainer._state.module and trainer._state.status is Status.FINISHED:
             display.event({"kind": "note", "text": f"{stage.value} uses the model's current weights"})
         if trainer._config.placement.in_process:
@@ -181,11 +185,14 @@ def come_home(trainer: Trainer, home: Homecoming, model: Module, callbacks: list
         state.epoch, state.global_step = home.epoch, home.global_step
         state.num_training_batches = home.num_training_batches
     state.world = World(world_size=home.world_size)
-    state.strategy_name = "ddp" if home.world_size > 1 else "single"
+    state.strategy_name = strategy_name(trainer._config.fit.strategy, home.world_size)
     state.callback_metrics, state.logged_metrics = home.metrics["callback"], home.metrics["logged"]
     state.progress_bar_metrics = home.metrics["progress_bar"]
     if home.history is not None:
         state.history = home.history
+    if home.random_state is not None:
+        # As after a run in this process: what is drawn next goes on from there, and a second fit draws other numbers.
+        set_random_state(home.random_state, devices=False)
 
 
 # -- describing and checking -----------------------------------------------------------------------------------------
@@ -210,7 +217,7 @@ def describe(
         datamodule=datamodule,
         loaders={kind: loader for kind, loader in loaders.items() if loader is not None},
         callbacks=callbacks,
-        loggers=pick_loggers(trainer, stage),
+        loggers=pick_loggers(trainer, run_folder),
         run_folder=run_folder,
         run_filesystem=folders.filesystem_of(trainer._config.placement),
         random_state=None if trainer._config.placement.in_process else get_random_state(),
@@ -220,16 +227,22 @@ def describe(
     )
 
 
-def pick_loggers(trainer: Trainer, stage: Stage) -> list[Any]:
-    """The run's loggers: TensorBoard in the run folder by default; none in a stage that keeps nothing."""
-    asked = trainer._config.fit.logger
-    if asked is True:
-        if stage is not Stage.FIT or trainer._config.fit.fast_dev_run:
-            return []
-        from raylit.loggers import TensorBoardLogger
+def pick_loggers(trainer: Trainer, run_folder: str | None) -> list[Any]:
+    """The run's loggers: TensorBoard in the run folder by default.
 
-        return [TensorBoardLogger()]
-    return list(asked or ()) if not isinstance(asked, bool) else []
+    In a run that keeps nothing a DummyLogger stands in: hooks that use ``self.logger`` run all the same.
+    """
+    from raylit.loggers import DummyLogger, make_loggers
+
+    fit = trainer._config.fit
+    loggers = make_loggers(fit.logger)
+    return [DummyLogger()] if loggers and (fit.fast_dev_run or run_folder is None) else loggers
+
+
+def keeps_values(trainer: Trainer) -> bool:
+    """True where loggers were given: an evaluation without a fit before it gets a run folder for them."""
+    fit = trainer._config.fit
+    return fit.logger is not True and bool(fit.logger) and not fit.fast_dev_run
 
 
 def merge_callbacks(trainer: Trainer, model: Module) -> list[Callback]:

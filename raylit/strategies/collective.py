@@ -48,6 +48,22 @@ class LocalCollective:
         return tensor.clone()
 
 
+_host: tuple[Any, Any] | None = None  # the default group, and the one for CPU tensors that was made beside it
+
+
+def _host_group() -> Any:
+    """A group for CPU tensors, which NCCL has none for; None where the default group takes them.
+
+    Making one is itself a collective and opens connections: a worker that is kept for several evaluations makes one.
+    """
+    if dist.get_backend() == "gloo":
+        return None
+    global _host
+    if _host is None or _host[0] is not dist.group.WORLD:
+        _host = (dist.group.WORLD, dist.new_group(backend="gloo"))
+    return _host[1]
+
+
 class TorchCollective:
     """All ranks of the default process group. A dead rank ends a call with torch's error, after its time-out."""
 
@@ -55,8 +71,7 @@ class TorchCollective:
         self.device = device
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        # Under NCCL alone CPU tensors have no group; making one is itself a collective, so it is done once, here.
-        self._host = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._host = _host_group()
 
     def _group(self, tensor: Tensor) -> Any:
         return self._host if tensor.device.type == "cpu" else None

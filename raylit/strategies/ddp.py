@@ -13,7 +13,7 @@ DDP averages gradients of what runs through its ``forward``, so the forward here
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,6 +39,7 @@ class DDP:
     """
 
     name = "ddp"
+    split: Callable[[Any, int], Sequence[Any]] | None = None
 
     def __init__(self, find_unused_parameters: bool | None = None, **ddp_options: Any) -> None:
         self._find_unused, self._options = find_unused_parameters, ddp_options
@@ -63,6 +64,11 @@ class DDP:
                     f"{name} belongs to a lazy layer, whose shape only the first batch would tell, and several workers "
                     "must agree on it before: send a batch through the layer in setup()"
                 )
+            if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+                raise ConfigError(
+                    f"{name} was expanded: several of its elements are one place in memory, and torch DDP cannot write "
+                    "to such a tensor. Register it as .expand(...).clone()"
+                )
             # setup() or configure_model() may have drawn weights from each rank's own random state.
             _broadcast(tensor)
         if self.sync_batchnorm:
@@ -72,6 +78,12 @@ class DDP:
         """Give every rank rank 0's buffers: BatchNorm's statistics have seen other batches since DDP last did so."""
         for buffer in module.buffers():
             _broadcast(buffer)
+
+    def each_device(
+        self, module: nn.Module, step: Callable[..., Any]
+    ) -> list[tuple[torch.device, Callable[..., Any]]] | None:
+        """The batch stays whole."""
+        return None
 
     def wrap_training_step(
         self, module: nn.Module, step: Callable[..., Any], *, optimizers: int, manual: bool

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,14 @@ def two_hosts(hidden: Path, environment: dict[str, str]) -> Iterator[str]:
                 process.communicate()
 
 
+def run_script(project: Path, hidden: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    with two_hosts(hidden, environment) as address:
+        return subprocess.run(
+            [sys.executable, "train.py"], cwd=project, env={**environment, "RAY_ADDRESS": address},
+            capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+
 def test_the_scripts_folder_reaches_a_host_that_has_it_not(tmp_path: Path) -> None:
     hidden = tmp_path / "caller"
     project = hidden / "project"
@@ -127,11 +136,11 @@ def test_the_scripts_folder_reaches_a_host_that_has_it_not(tmp_path: Path) -> No
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     environment.pop("RAY_ADDRESS", None)
-    with two_hosts(hidden, environment) as address:
-        run = subprocess.run(
-            [sys.executable, "train.py"], cwd=project, env={**environment, "RAY_ADDRESS": address},
-            capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
+    # A folder of its own for Ray, with a short name (sockets lie in it): what this cluster leaves would otherwise
+    # be taken for a running one by everyone who starts Ray on this machine afterwards.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment["RAY_TMPDIR"] = folder
+        run = run_script(project, hidden, environment)
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
     seen = sorted(line[line.index("rank") :] for line in lines if "caller's folder there" in line)

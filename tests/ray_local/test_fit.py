@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -254,7 +256,7 @@ class MadeInSetup(raylit.Module):
 def test_one_worker_is_this_process_to_the_bit(ray_session: None, tmp_path: Path) -> None:
     """Dropout, shuffling and layers drawn in setup, after seed_everything; the layers come home."""
 
-    def weights(num_workers: int) -> dict[str, Tensor]:
+    def weights(num_workers: int) -> tuple[dict[str, Tensor], list[float]]:
         raylit.seed_everything(11)
         model = MadeInSetup()
         trainer = raylit.Trainer(
@@ -265,9 +267,11 @@ def test_one_worker_is_this_process_to_the_bit(ray_session: None, tmp_path: Path
         assert result.metrics == {} and result.checkpoint is not None  # nothing is logged, and still it is no None
         assert isinstance(model.net[1], nn.Dropout)
         assert [p.grad for p in model.parameters()] == [None] * 4 or num_workers == 0
-        return model.state_dict()
+        # A second fit would go on from here: the caller's random numbers have moved on as far.
+        return model.state_dict(), [float(torch.rand(())), random.random(), float(numpy.random.rand())]
 
-    here, there = weights(0), weights(1)
+    (here, drawn_here), (there, drawn_there) = weights(0), weights(1)
+    assert drawn_here == drawn_there
     assert here.keys() == there.keys() and len(here) == 4
     for name in here:
         assert torch.equal(here[name], there[name]), name

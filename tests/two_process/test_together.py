@@ -320,3 +320,18 @@ def test_validation_and_schedulers_agree(two: Processes) -> None:
     )
     assert alone.metrics["val"] == pytest.approx(ranks[0][0], abs=1e-6)
     assert alone.outcome.state.optimizers[0].param_groups[0]["lr"] == ranks[0][1]
+
+
+class Expanded(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1).expand(3))
+
+
+def expanded_case(rank: int, world_size: int) -> None:
+    run_here(Expanded(), loader(8, 2), rank=rank, world_size=world_size)
+
+
+def test_an_expanded_buffer_is_named(two: Processes) -> None:
+    with pytest.raises(RankFailed, match=r"scale was expanded.*\.clone\(\)"):
+        two(expanded_case)

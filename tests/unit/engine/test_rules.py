@@ -611,6 +611,18 @@ def test_max_steps_stops_within_an_epoch(tmp_path):
     assert trainer.global_step == 5 and module.weight.item() == -5.0 and trainer.max_epochs == -1
 
 
+@pytest.mark.parametrize("nothing", ["no optimizer", "no loss"])
+def test_max_steps_without_a_step_is_an_error_and_no_endless_run(tmp_path, nothing):
+    module = Numbers()
+    if nothing == "no optimizer":
+        module.configure_optimizers = lambda: None
+    else:
+        module.training_step = lambda batch, batch_idx: None
+    with pytest.raises(OptimizerError, match=r"no optimizer stepped in epoch 0, and max_steps=5.*give max_epochs"):
+        quiet(tmp_path, max_epochs=None, max_steps=5).fit(module, numbers(1.0, 2.0))
+    quiet(tmp_path, max_epochs=2, max_steps=5).fit(module, numbers(1.0, 2.0))  # ends by itself
+
+
 def test_max_steps_counts_accumulated_groups(tmp_path):
     module = Numbers()
     trainer = quiet(tmp_path, max_steps=2, accumulate_grad_batches=2)
