@@ -175,6 +175,7 @@ class Fit:
             self._loader = parts.loaders.train()
             self._val_loaders = parts.loaders.evaluation("validate") if self._validation.possible else []
             self._set_length()
+        self._steps_before = state.global_step
         state.loop = Loop.TRAIN
         metrics.begin(Loop.TRAIN.value)
         metrics.place = EPOCH_TRAIN
@@ -214,13 +215,28 @@ class Fit:
         state.progress_bar_metrics.update(logged.progress_bar)
         parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)
         self._step_schedulers_by_epoch(state.epoch + 1)
-        if state.epoch == 0 and state.global_step == 0 and self.plan.optimizers:
-            parts.output.note(
-                "nothing was trained in epoch 1: no optimizer stepped; did training_step return the loss in any batch?"
-            )
+        self._check_that_something_stepped()
         parts.output.loop_end(state, Loop.TRAIN, logged.callback)
         state.epoch += 1
         state.loop = None
+
+    def _check_that_something_stepped(self) -> None:
+        """Tell of an epoch without a step; an error where only ``max_steps`` limits the run, which would never end."""
+        state, settings = self._parts.state, self._parts.settings
+        if state.global_step != self._steps_before:
+            return
+        why = (
+            "did training_step return the loss in any batch?" if self.plan.optimizers
+            else "configure_optimizers returned None."
+        )  # fmt: skip
+        endless = settings.epoch_limit is None and self._deadline is None and settings.step_limit is not None
+        if endless and not state.stop_requested and not self._stop_now:
+            raise OptimizerError(
+                f"no optimizer stepped in epoch {state.epoch}, and max_steps={settings.step_limit} counts optimizer "
+                f"steps: training would never end. {why} To run forward only, give max_epochs."
+            )
+        if state.epoch == 0 and state.global_step == 0 and self.plan.optimizers:
+            self._parts.output.note(f"nothing was trained in epoch 1: no optimizer stepped; {why}")
 
     def _batches(self, outputs: EpochOutputs | None) -> None:
         """Train on the epoch's batches. What stands in this loop is paid for at every step."""
