@@ -36,7 +36,7 @@ from raylit.precision import make_precision
 from raylit.profilers import make_profiler
 from raylit.seed import seed_everything, set_random_state
 from raylit.stage import Stage
-from raylit.strategies import DDP, SingleDevice
+from raylit.strategies import DDP, DDP2, DataParallel, SingleDevice
 from raylit.strategies.collective import LocalCollective
 from raylit.view import RunState, TrainerView, WorkerTrainer
 from raylit.wire import Job, World
@@ -202,20 +202,55 @@ def checkpoint_hook(parts: Parts, name: str) -> Callable[[dict[str, Any]], None]
 
 def check_strategy(asked: Any) -> None:
     """Raise ConfigError for a strategy that this release does not have."""
-    if isinstance(asked, str) and asked not in ("auto", "ddp"):
-        raise ConfigError(f"strategy={asked!r} is not there yet; accepted: 'auto', 'ddp', or a raylit.strategies.DDP")
-    if not isinstance(asked, (str, DDP)):
-        raise ConfigError(f"strategy must be 'auto', 'ddp' or a raylit.strategies.DDP; got {type(asked).__name__}")
+    if isinstance(asked, str) and asked not in _STRATEGIES:
+        accepted = ", ".join(map(repr, _STRATEGIES))
+        raise ConfigError(f"strategy={asked!r} is not there yet; accepted: {accepted}, or a raylit.strategies object")
+    if not isinstance(asked, (str, DDP, DataParallel)):
+        raise ConfigError(
+            "strategy must be a name, or a raylit.strategies.DDP, DataParallel or DDP2; "
+            f"got {'the class ' * isinstance(asked, type)}{getattr(asked, '__name__', type(asked).__name__)}"
+        )
+
+
+_STRATEGIES: dict[str, Callable[[], DDP | DataParallel]] = {
+    "auto": DDP, "ddp": DDP, "dp": DataParallel, "ddp2": DDP2,
+}  # fmt: skip
+
+
+def strategy_name(asked: Any, world_size: int) -> str:
+    """What a run over so many workers runs with: ``"single"``, ``"ddp"``, ``"dp"`` or ``"ddp2"``."""
+    name = asked if isinstance(asked, str) else asked.name
+    return name if name in ("dp", "ddp2") else "ddp" if world_size > 1 else "single"
 
 
 def pick_strategy(asked: Any, world: World, device: torch.device, sync_batchnorm: bool) -> Strategy:
     """The strategy's object for this worker."""
     check_strategy(asked)
+    chosen = _STRATEGIES[asked]() if isinstance(asked, str) else asked
     if world.world_size == 1:
-        return SingleDevice(device, LocalCollective(device))
-    ddp: DDP = DDP() if isinstance(asked, str) else asked
-    ddp.sync_batchnorm = sync_batchnorm
-    return ddp.attach(device)
+        collective = LocalCollective(device)
+        if isinstance(chosen, DataParallel):
+            return chosen.attach(worker_devices(world, device), collective)
+        if isinstance(chosen, DDP2):
+            return chosen.alone(worker_devices(world, device), collective)
+        return SingleDevice(device, collective)
+    if isinstance(chosen, DataParallel):
+        raise ConfigError(f"strategy='dp' runs in one worker, and there are {world.world_size}: use 'ddp2'")
+    chosen.sync_batchnorm = sync_batchnorm
+    return chosen.attach_devices(worker_devices(world, device)) if isinstance(chosen, DDP2) else chosen.attach(device)
+
+
+def worker_devices(world: World, device: torch.device) -> list[torch.device]:
+    """All devices of this worker, that of the Module first."""
+    if device.type != "cuda":
+        return [device]
+    if "ray.train" in sys.modules and world.storage_path is not None:
+        import ray.train.torch
+
+        # A worker may see the GPUs of others on its node; these are its own.
+        return list(ray.train.torch.get_devices())
+    every = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [device, *(each for each in every if each != device)]
 
 
 def _randomness(spec: RunSpec, world: World) -> None:

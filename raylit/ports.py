@@ -85,6 +85,8 @@ class Strategy(Protocol):
     name: str
     device: torch.device
     collective: Collective
+    # (batch, n) -> at most n parts, where the person gave a function of their own; see ``each_device``
+    split: Callable[[Any, int], Sequence[Any]] | None
 
     def setup_module(self, module: nn.Module) -> None:
         """Move the module to the device and convert it (SyncBatchNorm); before ``configure_optimizers``."""
@@ -92,6 +94,12 @@ class Strategy(Protocol):
 
     def equalize_buffers(self, module: nn.Module) -> None:
         """Give every rank the same buffers, before an evaluation within a fit; every rank calls it."""
+        ...
+
+    def each_device(
+        self, module: nn.Module, step: Callable[..., Any]
+    ) -> list[tuple[torch.device, Callable[..., Any]]] | None:
+        """Return ``step`` for each device that shares a batch, in order; None where the batch stays whole."""
         ...
 
     def wrap_training_step(self, module: nn.Module, step: Callable[..., Any], *, optimizers: int,

@@ -23,11 +23,18 @@ class TrainerConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
 
     def __post_init__(self) -> None:
-        if self.fit.strategy == "dp" and self.placement.worker_range[1] > 1:
+        # Of an object too, which is known here by its name alone: its class stands floors above.
+        strategy = getattr(self.fit.strategy, "name", self.fit.strategy)
+        if strategy == "dp" and self.placement.worker_range[1] > 1:
             raise ConfigError(
                 f"Trainer(strategy='dp', num_workers={self.placement.num_workers}): 'dp' splits a batch over the "
                 "devices of one worker, and keeps no second worker in step. Use 'ddp2' (the same in each worker, DDP "
                 "between them), or num_workers=1."
+            )
+        if strategy in ("dp", "ddp2") and self.fit.sync_batchnorm:
+            raise ConfigError(
+                f"Trainer(strategy={strategy!r}, sync_batchnorm=True): the parts of a batch run one after another, so "
+                "their BatchNorm layers cannot wait for each other. Use strategy='ddp' with a worker for each device."
             )
         if self.placement.use_gpu is False:
             # Where use_gpu is True or "auto" the same check runs again on the hardware that was found.

@@ -23,6 +23,8 @@ class Movable(Protocol):
 
 # Never movable: spares them the look-up of a protocol's methods, the dearest part of the walk.
 _PLAIN = frozenset({dict, list, tuple, str, int, float, bool, type(None)})
+# A list of as many of these as there are samples has one for each of them.
+_ONE_A_SAMPLE = (str, bytes, int, float)
 
 
 def batch_size_of(batch: Any) -> int | None:
@@ -122,6 +124,59 @@ def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 def _like_tuple(old: tuple[Any, ...], parts: list[Any]) -> Any:
     return type(old)(*parts) if hasattr(old, "_fields") else type(old)(parts)
+
+
+def split_samples(batch: Any, parts: int) -> list[tuple[Any, int]]:
+    """Split a batch into at most ``parts`` pieces along its samples; return each with its number of samples.
+
+    The pieces are in order and differ by one sample at most, the larger ones first; with fewer samples than ``parts``
+    there are fewer pieces. Split are, wherever they stand in lists, tuples, mappings and dataclasses: tensors of shape
+    (samples, ...), and lists or tuples of texts and numbers, one a sample. Tensors without dimensions and whatever
+    else has no samples go whole into each piece.
+
+    Raises ``DataError`` where no number of samples shows, a tensor has another one, or an object cannot be split.
+    """
+    size = batch_size_of(batch)
+    if size is None:
+        raise DataError(
+            f"a batch of type {type(batch).__name__} cannot be split over devices: no tensor in it tells the number of "
+            "samples. Use tensors with the samples in dimension 0, or strategies.DataParallel(split=function)"
+        )
+    count = max(1, min(parts, size))
+    if count == 1:
+        return [(batch, size)]
+    least, more = divmod(size, count)
+    pieces, begin = [], 0
+    for index in range(count):
+        end = begin + least + (index < more)
+        pieces.append((_samples(batch, begin, end, size), end - begin))
+        begin = end
+    return pieces
+
+
+def _samples(part: Any, begin: int, end: int, size: int) -> Any:
+    """Return samples ``begin`` to ``end`` of ``size`` of a part of the batch."""
+    if isinstance(part, Tensor):
+        if not part.ndim:
+            return part
+        if part.shape[0] != size:
+            raise DataError(
+                f"the batch cannot be split over devices: one tensor has {size} samples and another the shape "
+                f"{tuple(part.shape)}. Put the samples in dimension 0 of each, or use "
+                "strategies.DataParallel(split=function)"
+            )
+        return part[begin:end]
+    if isinstance(part, PackedSequence):
+        raise DataError("a PackedSequence cannot be split over devices: pack it in the step, or use "
+                        "strategies.DataParallel(split=function)")  # fmt: skip
+    if isinstance(part, (list, tuple)) and len(part) == size and all(isinstance(item, _ONE_A_SAMPLE) for item in part):
+        return part[begin:end]
+    if isinstance(part, (list, tuple, Mapping)) or (dataclasses.is_dataclass(part) and not isinstance(part, type)):
+        return _rebuilt(part, lambda inner: _samples(inner, begin, end, size))
+    if type(part) not in _PLAIN and isinstance(part, Movable) and not isinstance(part, type):
+        raise DataError(f"a {type(part).__name__} in the batch cannot be split over devices; use "
+                        "strategies.DataParallel(split=function)")  # fmt: skip
+    return part
 
 
 def split_time(batch: Any, split_size: int) -> list[Any]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from raylit.config.amounts import batches
+from raylit.engine.devices import over_devices
 from raylit.engine.outputs import detached
 from raylit.engine.parts import Parts
 from raylit.metrics.place import BATCH_EVAL, EPOCH_EVAL, NO_EPOCH
@@ -49,8 +50,8 @@ class Evaluation:
             def step(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
                 return predict(batch)
 
-        self._step = step
         self._step_end = own(f"{name}_step_end") if loop is not Loop.PREDICT else None
+        self._step = None if step is None else over_devices(parts, step, join=self._step_end is None)
         self._epoch_end = own(f"{name}_epoch_end") if loop is not Loop.PREDICT else None
         self._model_eval, self._model_train = own(f"on_{name}_model_eval"), own(f"on_{name}_model_train")
         self._start, self._end = event(f"on_{name}_start"), event(f"on_{name}_end")

@@ -84,6 +84,7 @@ class ModuleHandle:
             raise HookError(
                 "manual_backward needs manual optimisation: set automatic_optimization = False on the Module"
             )
+        self._refuse_in_a_part("manual_backward")
         event, own = self._parts.hooks.event, self._parts.hooks.own
         before, after, override = event("on_before_backward"), event("on_after_backward"), own("backward")
         if before is not None:
@@ -119,6 +120,7 @@ class ModuleHandle:
 
         A closure computes the gradients itself, perhaps several times: each time they are averaged and clipped.
         """
+        self._refuse_in_a_part("an optimizer's step")
         parts, optimizer = self._parts, self._plan.optimizers[index]
         if closure is None:
             self._ready(index)
@@ -131,6 +133,15 @@ class ModuleHandle:
         if self._train is not None:
             self._train.stepped.append(index)
         return result
+
+    def _refuse_in_a_part(self, what: str) -> None:
+        """Where the batch is split over devices, training_step sees a part of it, and runs several times a batch."""
+        if self._train is not None and self._train.over is not None and self._train.over.running:
+            raise HookError(
+                f"{what} in training_step under strategy={self._parts.strategy.name!r}, where it runs once for each "
+                "part of the batch: return what the loss needs from training_step, and do this in "
+                "training_step_end(self, outputs), which gets the list of the parts' outputs"
+            )
 
     def _ready(self, index: int) -> None:
         """Make the gradients that are there ready for a step."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from raylit.engine.anomaly import NonFinite
+from raylit.engine.devices import OverDevices, over_devices
 from raylit.engine.outputs import check_loss, detached, kept, loss_of
 from raylit.engine.parts import Parts
 from raylit.metrics.place import BATCH_TRAIN, SPLIT_TRAIN
@@ -44,6 +45,8 @@ class TrainBatch:
         manual = not parts.module.automatic_optimization
         step, step_end = own("training_step"), own("training_step_end")
         assert step is not None  # refused long before
+        step = over_devices(parts, step, join=step_end is None, training=True)
+        self.over = step if isinstance(step, OverDevices) else None  # the batch is split over devices
         step = step if step_end is None else _then(step, step_end)
         self._step = parts.strategy.wrap_training_step(
             parts.module, step, optimizers=len(plan.optimizers), manual=manual

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raylit.errors import LogError
 from raylit.metrics.fused import Agreement, Reduced, reduce_alone
+from raylit.metrics.parts import PartsLog
 from raylit.metrics.place import NO_EPOCH, Place
 from raylit.metrics.reduce import CHUNK, parse_reduction
 from raylit.metrics.slot import Metrics, Settings, Slot, call_site, key_names
@@ -96,6 +97,15 @@ class MetricStore:
         """Make one value of what each key logged in the splits of this batch (truncated BPTT), by tbptt_reduce_fx."""
         for slot in self._frames[-1].slots.values():
             slot.finish_splits(self._size_for)
+
+    def begin_parts(self) -> PartsLog:
+        """Return what takes the logged values of the present batch's parts (``dp``), until its ``finish``."""
+        if self._size is None:
+            self._measure()
+        return PartsLog(self._frames[-1].slots, self._size, self._set_size)
+
+    def _set_size(self, size: int | None) -> None:
+        self._size = size
 
     def sync_steps(self) -> None:
         """Reduce step values with sync_dist over the workers; on every rank, before step values are shown or kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,6 +17,7 @@ class SingleDevice:
     """The Module as it is, on one device: nothing is wrapped, nothing is sent."""
 
     name = "single"
+    split: Callable[[Any, int], Sequence[Any]] | None = None
 
     def __init__(self, device: torch.device, collective: Collective) -> None:
         self.device, self.collective = device, collective
@@ -28,6 +29,12 @@ class SingleDevice:
 
     def equalize_buffers(self, module: nn.Module) -> None:
         """There is nobody to differ from."""
+
+    def each_device(
+        self, module: nn.Module, step: Callable[..., Any]
+    ) -> list[tuple[torch.device, Callable[..., Any]]] | None:
+        """The batch stays whole."""
+        return None
 
     def wrap_training_step(
         self, module: nn.Module, step: Callable[..., Any], *, optimizers: int, manual: bool

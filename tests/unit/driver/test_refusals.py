@@ -214,8 +214,8 @@ def test_a_gpu_where_there_is_none(trainer: Callable[..., raylit.Trainer]) -> No
 
 @workers
 def test_what_is_not_there_yet(trainer: Callable[..., raylit.Trainer], num_workers: int) -> None:
-    with pytest.raises(ConfigError, match="strategy='ddp2' is not there yet; accepted"):
-        trainer(num_workers=num_workers, strategy="ddp2").fit(Net(), data())
+    with pytest.raises(ConfigError, match="strategy='fsdp' is not there yet; accepted"):
+        trainer(num_workers=num_workers, strategy="fsdp").fit(Net(), data())
     with pytest.raises(ConfigError, match="strategy must be .* got object"):
         trainer(num_workers=num_workers, strategy=object()).fit(Net(), data())
 
