@@ -132,7 +132,7 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         metrics=MetricStore(strategy.collective, device, batch_size_of, spec.module.named_modules),
         loaders=Loaders(spec.loaders, spec.module, spec.datamodule, world, spec.order_seed,
                         fit.use_distributed_sampler, bool(fit.overfit_batches)),
-        transfer=bind_transfer(spec.module, device, precision),
+        transfer=bind_transfer(spec.module, spec.datamodule, device, precision),
         move=to_device, split_time=split_time,
     )  # fmt: skip
     if spec.checkpoint is not None:
@@ -268,19 +268,28 @@ def _randomness(spec: RunSpec, world: World) -> None:
             seed_everything((spec.order_seed + python.getrandbits(31) + world.global_rank) % 2**32)
 
 
-def bind_transfer(module: Module, device: torch.device, precision: Precision) -> Callable[[Any, int], Any] | None:
-    """Return how a batch gets to the device, or None where nothing is to be done (CPU, no override, 32 bit)."""
+def bind_transfer(
+    module: Module, datamodule: DataModule | None, device: torch.device, precision: Precision
+) -> Callable[[Any, int], Any] | None:
+    """Return how a batch gets to the device, or None where nothing is to be done (CPU, no override, 32 bit).
+
+    An override of the DataModule's goes before the Module's.
+    """
     names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     bound = {
-        name: adapt(MODULE_HOOKS[name], getattr(module, name), type(module).__name__)
+        name: adapt(MODULE_HOOKS[name], getattr(owner, name), type(owner).__name__)
+        for owner, base in owners
         for name in names
-        if overridden(module, name, Module)
+        if overridden(owner, name, base)
     }
     converts = type(precision).convert_batch is not type(make_precision("32-true", device.type)).convert_batch
     if not bound and device.type == "cpu" and not converts:
         return None
     before, move, after = (bound.get(name) for name in names)
 
+    owners: list[tuple[Any, type]] = [(module, Module)]
+    if datamodule is not None:
+        owners.append((datamodule, DataModule))
     def transfer(batch: Any, dataloader_idx: int) -> Any:
         if before is not None:
             batch = before(batch, dataloader_idx)

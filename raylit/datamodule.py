@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from raylit.errors import NotAttachedError
 from raylit.hparams import HyperparametersMixin
+from raylit.module import Module
 
 
 class DataModule(HyperparametersMixin):
@@ -32,6 +34,24 @@ class DataModule(HyperparametersMixin):
 
     def predict_dataloader(self) -> Any:
         """Return a DataLoader, any iterable of batches, or a list of these."""
+
+    # == how a batch travels; an override here goes before the Module's ===========================================
+    def on_before_batch_transfer(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """(batch, dataloader_idx†): change the batch before it goes to the device."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+        """(batch, device, dataloader_idx†): move the batch to the device."""
+        if self.trainer is None:
+            name = type(self).__name__
+            raise NotAttachedError(
+                f"{name}.transfer_batch_to_device works in hooks, while a Trainer runs this DataModule"
+            )
+        return Module.transfer_batch_to_device(self.trainer.model, batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """(batch, dataloader_idx†): change the batch on the device."""
+        return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...

@@ -21,8 +21,9 @@ from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
 from raylit.driver import folder as folders
 from raylit.driver.result import LocalCheckpoint, LocalResult, StoredCheckpoint
+from raylit.driver.hooks import check_hooks, require
 from raylit.errors import CheckpointError, ConfigError, DataError, HookError
-from raylit.hooks import HookTable, overridden
+from raylit.hooks import overridden
 from raylit.module import Module
 from raylit.seed import get_random_state, set_random_state
 from raylit.stage import Stage, Status
@@ -68,7 +69,7 @@ def evaluate(
         datamodule = trainer._state.datamodule
     check_step(stage, model)
     check_placement(trainer)
-    check_hooks(trainer, model, callbacks)
+    check_hooks(trainer, model, callbacks, datamodule)
     check_loaders(trainer, stage, model, loaders, datamodule)
     checkpoint = load_checkpoint(ckpt_path, model, callbacks, datamodule)
     # The folder of the fit before, where there was one: test results stand beside the training's.
@@ -258,11 +259,6 @@ def merge_callbacks(trainer: Trainer, model: Module) -> list[Callback]:
     return kept + own
 
 
-def check_hooks(trainer: Trainer, model: Module, callbacks: list[Callback]) -> None:
-    """Read every override's signature: HookError for one that asks for what it is never given."""
-    HookTable(model, Module, callbacks, Callback, trainer)
-
-
 def check_step(stage: Stage, model: Module) -> None:
     """Refuse an evaluation of a Module that has not its step."""
     step = {Stage.VALIDATE: "validation_step", Stage.TEST: "test_step", Stage.PREDICT: "predict_step"}[stage]
@@ -288,14 +284,10 @@ def check_before_fit(
 ) -> None:
     """Refuse a fit that cannot begin."""
     name = type(model).__name__
-    for hook, without in (
-        ("training_step", "write training_step(self, batch, batch_idx), returning the loss"),
-        ("configure_optimizers", "write configure_optimizers(self); return None to run forward only"),
-    ):
-        if not overridden(model, hook, Module):
-            raise HookError(f"{name} has no {hook}: {without}")
+    require(model, "training_step", "write training_step(self, batch, batch_idx), returning the loss")
+    require(model, "configure_optimizers", "write configure_optimizers(self); return None to run forward only")
     check_placement(trainer)
-    check_hooks(trainer, model, callbacks)
+    check_hooks(trainer, model, callbacks, datamodule)
     check_loaders(trainer, Stage.FIT, model, loaders, datamodule)
     if overridden(model, "validation_step", Module) is False and loaders.get("validate") is not None:
         raise HookError(f"val_dataloaders are given, but {name} has no validation_step: write it, or leave them out")

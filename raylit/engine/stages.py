@@ -23,6 +23,7 @@ from raylit.engine.fit import Fit
 from raylit.engine.handle import ModuleHandle
 from raylit.engine.parts import Parts
 from raylit.errors import DataError, HookError
+from raylit.hooks import DATAMODULE_HOOKS, adapt
 from raylit.metrics.place import NO_EPOCH
 from raylit.stage import Loop, Stage, Status
 
@@ -92,8 +93,7 @@ def _prepare_data(parts: Parts) -> None:
 
 
 def _setup(parts: Parts, stage: Stage) -> None:
-    if parts.datamodule is not None:
-        parts.datamodule.setup(stage.value)
+    _datamodule(parts, "setup", stage)
     _event(parts, "setup", stage.value)
     own = parts.hooks.own("setup")
     if own is not None:
@@ -109,12 +109,17 @@ def _setup(parts: Parts, stage: Stage) -> None:
 
 
 def _teardown(parts: Parts, stage: Stage) -> None:
-    if parts.datamodule is not None:
-        parts.datamodule.teardown(stage.value)
+    _datamodule(parts, "teardown", stage)
     _event(parts, "teardown", stage.value)
     own = parts.hooks.own("teardown")
     if own is not None:
         own(stage.value)
+
+
+def _datamodule(parts: Parts, name: str, stage: Stage) -> None:
+    if parts.datamodule is not None:
+        own = getattr(parts.datamodule, name)
+        adapt(DATAMODULE_HOOKS[name], own, type(parts.datamodule).__name__)(stage.value)
 
 
 def _evaluate(parts: Parts, stage: Stage) -> StageResult:

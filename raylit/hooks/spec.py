@@ -90,3 +90,14 @@ CALLBACK_HOOKS: dict[str, HookSpec] = {
         **_specs(("on_sanity_check_start", "", ""), ("on_sanity_check_end", "", ""), ("on_exception", "exception", "")),
     }.items()
 }
+
+# A DataModule's, called as the Module's of the same name.
+DATAMODULE_HOOKS: dict[str, HookSpec] = {
+    name: MODULE_HOOKS[name]
+    for name in (
+        "prepare_data", "setup", "teardown",
+        "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader",
+        "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
+        "on_save_checkpoint", "on_load_checkpoint",
+    )
+}  # fmt: skip
