@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,11 @@ from raylit.engine.stages import StageResult, run_stage
 from raylit.errors import ConfigError
 from raylit.hooks import HookTable, adapt, overridden
 from raylit.hooks.spec import MODULE_HOOKS
+from raylit.hparams import logged_hyperparameters, warn_of_lost
 from raylit.metrics.history import History
 from raylit.metrics.store import MetricStore
 from raylit.module import Module
+from raylit.plain import plain_entries
 from raylit.ports import Precision, Strategy
 from raylit.precision import make_precision
 from raylit.profilers import make_profiler
@@ -329,18 +332,28 @@ def log_hyperparams(spec: RunSpec, state: RunState) -> None:
     """Write the saved hyperparameters to the run folder and to the loggers, on rank 0 of a fit."""
     if spec.stage is not Stage.FIT or state.world.global_rank != 0:
         return
-    params: dict[str, Any] = {}
-    for owner in (spec.datamodule, spec.module):
-        if owner is not None and owner.__dict__.get("_log_hparams", True):
-            params.update(owner.hparams)
-    if not params:
-        return
-    if state.log_dir is not None:
+    owners = [owner for owner in (spec.datamodule, spec.module) if owner is not None]
+    for owner in owners:
+        warn_of_lost(owner, stacklevel=2)  # set since save_hyperparameters, which tells of its own
+    params = _joined([owner.hparams for owner in owners])
+    if params and state.log_dir is not None:
         from raylit.loggers.hparams import write_yaml
 
-        write_yaml(os.path.join(state.log_dir, "hparams.yaml"), params)
-    for logger in spec.loggers:
-        logger.log_hyperparams(params)
+        left_out = write_yaml(os.path.join(state.log_dir, "hparams.yaml"), params)
+        told = plain_entries(params)[1]
+        only_here = [name for name in left_out if name.split(".")[0] not in told and name not in told]
+        if only_here:
+            warnings.warn(f"not in hparams.yaml, but in the checkpoints: {', '.join(only_here)}", stacklevel=2)
+    logged = _joined([logged_hyperparameters(owner) for owner in owners])
+    if logged:
+        for logger in spec.loggers:
+            logger.log_hyperparams(logged)
+
+
+def _joined(owned: list[dict[str, Any]]) -> dict[str, Any]:
+    """The hyperparameters of DataModule and Module as one; of a name in both, the DataModule's is ``data.name``."""
+    *data, module = owned
+    return {(f"data.{n}" if n in module else n): value for each in data for n, value in each.items()} | dict(module)
 
 
 def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:

@@ -1,16 +1,22 @@
-"""Hyperparameters: a dict with attribute access, and how they are read off an ``__init__``. Floor 1, any process."""
+"""Hyperparameters: a dict with attribute access, and how they are read off an ``__init__``. Floor 1, any process.
+
+They are read from the frames of the ``__init__`` calls that are under way, so that defaults, ``**kwargs`` and the
+arguments of subclasses are all there. What no file can keep is said at once, in the process of the person.
+"""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import dataclasses
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
+from torch import nn
+
 from raylit.errors import ConfigError, nearest
+from raylit.plain import fields_of, plain_entries
 
 
 class HParams(dict[str, Any]):
@@ -26,43 +32,66 @@ class HParams(dict[str, Any]):
         self[name] = value
 
     def __delattr__(self, name: str) -> None:
-        del self[name]
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(f"no hyperparameter {name!r}.{nearest(name, self)}") from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HParams:
-        return HParams({key: copy.deepcopy(value, memo) for key, value in self.items()})
+        return HParams({key: copied(value, memo) for key, value in self.items()})
+
+
+def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a deep copy; the object itself where that has none (a lock, a generator), or is a ``nn.Module``."""
+    if isinstance(value, nn.Module):
+        return value  # layers may be large, and train on
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # whatever an object's own copying raises
+        return value
 
 
 def as_dict(obj: Any) -> dict[str, Any]:
     """Return the contents of a mapping, Namespace or dataclass object; ConfigError for anything else."""
-    if isinstance(obj, Mapping):
-        return {str(key): value for key, value in obj.items()}
-    if isinstance(obj, argparse.Namespace):
-        return dict(vars(obj))
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)}
-    raise ConfigError(
-        f"save_hyperparameters() takes names of __init__'s arguments, or one dict, Namespace or dataclass object; "
-        f"got {type(obj).__name__}"
-    )
+    contents = obj if isinstance(obj, Mapping) else fields_of(obj)
+    if contents is None:
+        raise ConfigError(
+            "save_hyperparameters() takes names of __init__'s arguments, or one dict, Namespace or dataclass object; "
+            f"got a {type(obj).__name__}"
+        )
+    return {str(key): value for key, value in contents.items()}
 
 
-def init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
-    """Collect the arguments of ``obj``'s ``__init__`` from the frame that called, through subclasses' ``__init__``.
+def init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any] | None:
+    """Collect the arguments of every ``__init__`` of ``obj`` that is under way, seen from ``frame``; None for none.
 
-    A subclass's arguments win over its parents', since they are what the person gave.
+    A subclass's arguments win over its parents', since they are what the person gave. ``*args`` have no names and are
+    not collected. Where ``frame`` is another function's, its own arguments are.
     """
     collected: dict[str, Any] = {}
+    found, first = False, frame
     while frame is not None:
-        names, _, keywords, values = inspect.getargvalues(frame)
-        if not names or values.get(names[0]) is not obj or frame.f_code.co_name != "__init__":
-            if collected or frame.f_code.co_name != "__init__":
-                break
-        else:
-            collected.update({name: values[name] for name in names[1:] if name in values})
-            if keywords and keywords in values:
-                collected.update(values[keywords])
+        if frame.f_code.co_name == "__init__":
+            arguments = _arguments(frame, obj)
+            if arguments is not None:
+                collected.update(arguments)
+                found = True
         frame = frame.f_back
-    return collected
+    if found or first is None or first.f_code.co_name == "<module>":
+        return collected if found else None
+    return _arguments(first, obj, always=True)
+
+
+def _arguments(frame: FrameType, obj: object, always: bool = False) -> dict[str, Any] | None:
+    """A call's arguments by name, without self; None where it is not a method's of ``obj`` (unless ``always``)."""
+    names, rest, keywords, values = inspect.getargvalues(frame)
+    names = list(names)
+    if names and values.get(names[0]) is obj:
+        del names[0]
+    elif not always and not (rest and values.get(rest) and not names and values[rest][0] is obj):  # __init__(*args)
+        return None
+    arguments = {name: values[name] for name in names if name in values}
+    return {**arguments, **(values.get(keywords) or {})} if keywords else arguments
 
 
 def select(values: Mapping[str, Any], names: Iterable[str], ignore: str | Iterable[str] | None) -> dict[str, Any]:
@@ -83,20 +112,44 @@ class HyperparametersMixin:
     ) -> None:
         """Keep the arguments of ``__init__`` in ``self.hparams``; written to every checkpoint and to the run folder.
 
-        Without arguments: all of them, defaults included, through subclasses. With names: those. With one dict,
-        Namespace or dataclass object: its contents. ``logger=False`` keeps them out of the loggers.
+        Without arguments: all of them, defaults and ``**kwargs`` included, through subclasses. With names: those. With
+        one dict, Namespace or dataclass object: its contents. Several calls add up.
+
+        ``ignore``: names to leave out. ``frame``: read the arguments from this frame's call instead of the caller's.
+        ``logger=False`` keeps them from the loggers; checkpoints and ``hparams.yaml`` have them all the same.
+        A UserWarning names values that no file can keep. Raises ConfigError for an unknown name, for an object of
+        another kind, and outside ``__init__``.
         """
-        if len(args) == 1 and not isinstance(args[0], str):
+        if frame is None:
+            current = inspect.currentframe()
+            frame = current.f_back if current is not None else None
+        known = init_arguments(self, frame)
+        if args and not all(isinstance(arg, str) for arg in args):
+            if len(args) > 1:
+                raise ConfigError(
+                    "save_hyperparameters() takes names or one object: call it once for each object, and once for the "
+                    "names"
+                )
             values = select(as_dict(args[0]), (), ignore)
+            name = next((name for name, value in (known or {}).items() if value is args[0]), None)
+            self.__dict__["_hparams_name"] = name
         else:
-            if frame is None:
-                current = inspect.currentframe()
-                frame = current.f_back if current is not None else None
-            values = select(init_arguments(self, frame), args, ignore)
-        merged = HParams({**self.__dict__.get("_hparams", {}), **values})
-        self.__dict__["_hparams"] = merged
-        self.__dict__["_hparams_initial"] = copy.deepcopy(merged)
-        self.__dict__["_log_hparams"] = logger
+            if known is None:
+                raise ConfigError(
+                    "save_hyperparameters() reads the arguments of __init__ and must be called in it; elsewhere give "
+                    "it a dict"
+                )
+            values = select(known, args, ignore)
+        self._keep_hyperparameters(values, logger)
+
+    def _keep_hyperparameters(self, values: dict[str, Any], logger: bool) -> None:
+        own = self.__dict__
+        own["_hparams"] = HParams({**own.get("_hparams", {}), **values})
+        first = {name: copied(value) for name, value in values.items()}
+        own["_hparams_initial"] = HParams({**first, **own.get("_hparams_initial", {})})
+        unlogged = own.get("_hparams_unlogged", frozenset())
+        own["_hparams_unlogged"] = unlogged - set(values) if logger else unlogged | set(values)
+        warn_of_lost(self, stacklevel=4)
 
     @property
     def hparams(self) -> HParams:
@@ -108,9 +161,46 @@ class HyperparametersMixin:
 
     @hparams.setter
     def hparams(self, value: Any) -> None:
-        self.save_hyperparameters(value)
+        current = inspect.currentframe()
+        self.save_hyperparameters(value, frame=current.f_back if current is not None else None)
 
     @property
     def hparams_initial(self) -> HParams:
-        """A copy of the hyperparameters as first saved."""
-        return HParams(copy.deepcopy(self.__dict__.get("_hparams_initial", {})))
+        """A copy of the hyperparameters as first saved: later saves add names to it and change none."""
+        return copy.deepcopy(self.__dict__.get("_hparams_initial", HParams()))
+
+
+def warn_of_lost(owner: HyperparametersMixin, stacklevel: int) -> None:
+    """Name, once each, the hyperparameters that no file can keep."""
+    lost = plain_entries(owner.hparams)[1]
+    told = owner.__dict__.get("_hparams_told", frozenset())
+    new = {name: kind for name, kind in lost.items() if name not in told}
+    if not new:
+        return
+    owner.__dict__["_hparams_told"] = told | set(new)
+    layers = " Layers are saved with the weights already." if any(
+        isinstance(owner.hparams[name], nn.Module) for name in new
+    ) else ""  # fmt: skip
+    warnings.warn(
+        "hyperparameters that cannot be written to checkpoints and hparams.yaml: "
+        f"{', '.join(f'{name} ({kind})' for name, kind in new.items())}.{layers} Leave them out with "
+        f"save_hyperparameters(ignore={sorted(new)}), and pass them to load_from_checkpoint.",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def kept_hyperparameters(owner: HyperparametersMixin) -> dict[str, Any]:
+    """The hyperparameters as a checkpoint keeps them: in their plain form, without those that have none."""
+    return plain_entries(owner.hparams)[0]
+
+
+def object_argument(owner: HyperparametersMixin) -> str:
+    """The name of the ``__init__`` argument whose contents were saved; ``"kwargs"`` (as Lightning has it) for none."""
+    return owner.__dict__.get("_hparams_name") or "kwargs"
+
+
+def logged_hyperparameters(owner: HyperparametersMixin) -> dict[str, Any]:
+    """The hyperparameters for the loggers: without those saved with ``logger=False``."""
+    hidden = owner.__dict__.get("_hparams_unlogged", frozenset())
+    return {name: value for name, value in owner.hparams.items() if name not in hidden}

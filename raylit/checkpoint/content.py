@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and writing and reading ``model.ckpt``. Floor 2, any process.
+"""What a checkpoint holds, and writing ``model.ckpt``; ``read.py`` reads it. Floor 2, any process.
 
 The keys are Lightning's, so that each library's ``load_from_checkpoint`` reads the other's. Files are read with
 ``weights_only=True``: one from a stranger executes nothing.
@@ -7,52 +7,80 @@ The keys are Lightning's, so that each library's ``load_from_checkpoint`` reads 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raylit.checkpoint.safe import made_safe
+from raylit.callback import Callback
 from raylit.errors import CheckpointError
+from raylit.hparams import kept_hyperparameters, object_argument
+from raylit.plain import made_safe
 from raylit.view import RunState
 
 FILE_NAME = "model.ckpt"
 # Lightning migrates a file by this version when it loads one; the layout below is 2.0's.
 _LAYOUT_VERSION = "2.0.0"
+# Of what raylit adds to it (docs/checkpoints.md). A reader refuses a newer one and still reads every older one.
+SCHEMA = 1
 
 
-def collect(state: RunState, on_save: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
-    """Return the checkpoint of a fit as it stands between two epochs; tensors are copied to the CPU.
+def collect(
+    state: RunState,
+    on_save: Callable[[dict[str, Any]], Any] | None = None,
+    *,
+    loops: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    copies: bool = True,
+    weights_only: bool = False,
+) -> dict[str, Any]:
+    """Return what rank 0 writes of a run: Lightning's keys, and ``extra`` under ``raylit``; tensors are CPU copies.
 
     ``on_save`` may change it. What it then holds can be written and read: the rest is left out, with a warning.
+    ``loops``: where the loops stand. ``copies=False``: for ranks that write nothing, and call ``on_save`` only so that
+    all do. ``weights_only``: without what only training needs.
     """
     module = state.module
     assert module is not None
-    own_states = {_callback_key(c, i): c.state_dict() for i, c in enumerate(state.callbacks)}
+    taken = to_cpu if copies else lambda value: value
     checkpoint: dict[str, Any] = {
         "pytorch-lightning_version": _LAYOUT_VERSION,
         "epoch": state.epoch,
         "global_step": state.global_step,
-        "state_dict": to_cpu(module.state_dict()),
-        "optimizer_states": [to_cpu(optimizer.state_dict()) for optimizer in state.optimizers],
-        "lr_schedulers": [to_cpu(scheduler.state_dict()) for scheduler in state.lr_schedulers],
-        "callbacks": {key: own for key, own in own_states.items() if own},
-        "loops": {},
-        "hparams_name": "kwargs",
-        "hyper_parameters": dict(module.hparams),
+        "state_dict": taken(module.state_dict()),
+        "loops": {} if loops is None else {"fit_loop": dict(loops)},
+        "hparams_name": object_argument(module),
+        "hyper_parameters": kept_hyperparameters(module),
     }
+    if not weights_only:
+        own_states = {key: callback.state_dict() for key, callback in _by_key(state.callbacks)}
+        checkpoint["optimizer_states"] = [taken(optimizer.state_dict()) for optimizer in state.optimizers]
+        checkpoint["lr_schedulers"] = [taken(scheduler.state_dict()) for scheduler in state.lr_schedulers]
+        checkpoint["callbacks"] = {key: taken(own) for key, own in own_states.items() if own}
     if state.datamodule is not None:
-        checkpoint["datamodule_hyper_parameters"] = dict(state.datamodule.hparams)
-        checkpoint[type(state.datamodule).__name__] = state.datamodule.state_dict()
+        checkpoint["datamodule_hyper_parameters"] = kept_hyperparameters(state.datamodule)
+        checkpoint[type(state.datamodule).__name__] = taken(state.datamodule.state_dict())
+    checkpoint["raylit"] = {"schema": SCHEMA, **({} if weights_only or extra is None else extra)}
     if on_save is not None:
         on_save(checkpoint)
-    return made_safe(checkpoint)
+    return made_safe(checkpoint) if copies else checkpoint
 
 
-def apply(checkpoint: dict[str, Any], state: RunState) -> None:
+def apply(checkpoint: Mapping[str, Any], state: RunState) -> None:
     """Put optimizers, schedulers, callbacks and DataModule back as a checkpoint has them; weights come before."""
+    apply_optimizers(checkpoint, state)
+    for key, callback in _by_key(state.callbacks):
+        own_state = checkpoint.get("callbacks", {}).get(key)
+        if own_state is not None:
+            callback.load_state_dict(own_state)
+    if state.datamodule is not None and type(state.datamodule).__name__ in checkpoint:
+        state.datamodule.load_state_dict(checkpoint[type(state.datamodule).__name__])
+
+
+def apply_optimizers(checkpoint: Mapping[str, Any], state: RunState) -> None:
+    """Put optimizers and schedulers back; CheckpointError where there are more or fewer of them than saved."""
     for what, objects in (("optimizer_states", state.optimizers), ("lr_schedulers", state.lr_schedulers)):
         saved = checkpoint.get(what, [])
         if len(saved) != len(objects):
@@ -60,18 +88,42 @@ def apply(checkpoint: dict[str, Any], state: RunState) -> None:
                 f"the checkpoint has {len(saved)} {what}, configure_optimizers returned {len(objects)}: "
                 "it belongs to another configuration"
             )
-        for each, own in zip(objects, saved, strict=True):
-            each.load_state_dict(own)
-    for index, callback in enumerate(state.callbacks):
-        own_state = checkpoint.get("callbacks", {}).get(_callback_key(callback, index))
-        if own_state is not None:
-            callback.load_state_dict(own_state)
-    if state.datamodule is not None and type(state.datamodule).__name__ in checkpoint:
-        state.datamodule.load_state_dict(checkpoint[type(state.datamodule).__name__])
+        for index, (each, own) in enumerate(zip(objects, saved, strict=True)):
+            try:
+                each.load_state_dict(own)
+            except (ValueError, KeyError) as error:
+                name = type(each).__name__
+                raise CheckpointError(
+                    f"{what}[{index}] of the checkpoint does not fit the {name} that configure_optimizers returned "
+                    f"({error}): it belongs to another configuration"
+                ) from error
 
 
-def _callback_key(callback: object, index: int) -> str:
-    return f"{type(callback).__qualname__}:{index}"
+def check_resumable(checkpoint: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for what no fit can go on from: weights alone, or a schema that is newer than this one."""
+    schema = (checkpoint.get("raylit") or {}).get("schema", SCHEMA)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise CheckpointError(
+            f"the checkpoint has schema {schema!r}, and this raylit knows up to {SCHEMA}: it was written by a newer "
+            "raylit. Install that one; the weights alone load with Module.load_from_checkpoint"
+        )
+    missing = [key for key in ("optimizer_states", "lr_schedulers", "epoch", "global_step") if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has no {', '.join(missing)}: it holds weights only, and a fit cannot go on from it. To begin "
+            "a new fit with these weights, build the Module with Module.load_from_checkpoint(path)"
+        )
+
+
+def _by_key(callbacks: Sequence[Callback]) -> list[tuple[str, Callback]]:
+    """Each callback with the name of its state; of one name the second gets ``:1`` behind it, the third ``:2``."""
+    seen: dict[str, int] = {}
+    named = []
+    for callback in callbacks:
+        key = callback.state_key
+        count = seen[key] = seen.get(key, -1) + 1
+        named.append((f"{key}:{count}" if count else key, callback))
+    return named
 
 
 def to_cpu(value: Any) -> Any:
@@ -87,10 +139,10 @@ def to_cpu(value: Any) -> Any:
     return value
 
 
-def write(checkpoint: Mapping[str, Any], folder: str) -> str:
-    """Write ``folder/model.ckpt`` whole or not at all; return its path."""
+def write(checkpoint: Mapping[str, Any], folder: str, name: str = FILE_NAME) -> str:
+    """Write ``folder/model.ckpt`` (or another ``name``) whole or not at all; return its path."""
     os.makedirs(folder, exist_ok=True)
-    target = os.path.join(folder, FILE_NAME)
+    target = os.path.join(folder, name)
     partial = f"{target}.partial"
     try:
         with open(partial, "wb") as file:
@@ -102,28 +154,6 @@ def write(checkpoint: Mapping[str, Any], folder: str) -> str:
         if os.path.exists(partial):
             os.unlink(partial)
     return target
-
-
-def read(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint from its file, its folder, or a Ray ``Checkpoint``; CheckpointError where there is none."""
-    if hasattr(path, "as_directory"):
-        with path.as_directory() as folder:
-            return read(folder, map_location)
-    if not isinstance(path, (str, Path)):
-        raise CheckpointError(f"ckpt_path must be a path or a Ray Checkpoint; got {type(path).__name__}")
-    file = Path(path)
-    if file.is_dir():
-        file = file / FILE_NAME
-    if not file.is_file():
-        raise CheckpointError(f"there is no checkpoint at {str(path)!r} (looked for {file})")
-    try:
-        loaded = torch.load(file, map_location=map_location, weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{file} cannot be loaded: damaged, or holding more than tensors and plain values "
-                              f"({str(error).splitlines()[0]})") from error  # fmt: skip
-    if not isinstance(loaded, dict) or "state_dict" not in loaded:
-        raise CheckpointError(f"{file} is no checkpoint of a Module: it has no 'state_dict'")
-    return loaded
 
 
 def check_weights(checkpoint: Mapping[str, Any], module: torch.nn.Module) -> None:
@@ -157,8 +187,17 @@ def check_weights(checkpoint: Mapping[str, Any], module: torch.nn.Module) -> Non
 
 
 def load_weights(checkpoint: Mapping[str, Any], module: torch.nn.Module, strict: bool = True) -> None:
-    """Load a checkpoint's weights into ``module``; CheckpointError naming what does not fit."""
+    """Load a checkpoint's weights into ``module``; CheckpointError naming what does not fit.
+
+    ``strict=False``: what only one side has is left alone, and a UserWarning names it.
+    """
     try:
-        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        left = module.load_state_dict(checkpoint["state_dict"], strict=strict)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint is of another model: {error}") from None
+    # A Module's own load_state_dict may return nothing.
+    missing, unexpected = getattr(left, "missing_keys", []), getattr(left, "unexpected_keys", [])
+    if not strict and (missing or unexpected):
+        sides = {"not in the checkpoint, so kept as constructed": missing, "not in the model": unexpected}
+        named = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+        warnings.warn(f"strict=False loaded the other weights. {named}", UserWarning, stacklevel=4)

@@ -10,12 +10,14 @@ import argparse
 import dataclasses
 import datetime
 import enum
+import math
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+_MAX_ELEMENTS = 1000  # of an array: a person reads this file
 _MAX_DEPTH = 20  # deeper is most likely a structure that holds itself
 
 
@@ -27,8 +29,8 @@ def write_yaml(path: str | os.PathLike[str], params: Mapping[str, Any]) -> list[
     """Write ``params`` to ``path``, whole or not at all, and return the names that were left out.
 
     A name inside a nested mapping is given with dots (``optim.schedule``). Tuples become lists, paths and enum members
-    text, numbers of numpy and tensors of one element plain numbers; a list with one value that cannot be written is
-    left out as a whole.
+    text, numbers of numpy and tensors of one element plain numbers, other arrays and tensors nested lists up to 1000
+    elements; a list with one value that cannot be written is left out as a whole.
     """
     import yaml
 
@@ -125,6 +127,10 @@ def _plain(value: Any, prefix: str, left_out: list[str], depth: int) -> Any:
         if inside:  # a mapping in the list lost a value: half an entry would be misleading
             raise _UnsafeValue
         return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
+    listed = getattr(value, "tolist", None)
+    size = math.prod(getattr(value, "shape", ()))
+    if callable(listed) and not isinstance(value, type) and size != 1 and size <= _MAX_ELEMENTS:
+        return _plain(listed(), prefix, left_out, depth + 1)
     return _number(value)
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raylit
 from raylit.checkpoint import FILE_NAME, read, write
-from raylit.checkpoint.safe import made_safe
+from raylit.plain import made_safe
 
 
 class Color(enum.Enum):

@@ -24,6 +24,7 @@ FLOORS: dict[str, int] = {
     "errors": 0, "stage": 0, "progress": 0, "config": 0, "wire": 0, "version": 0,
     # 1: contracts; torch, never ray
     "ports": 1, "view": 1, "hooks": 1, "module": 1, "datamodule": 1, "callback": 1, "seed": 1, "hparams": 1,
+    "plain": 1,
     # 2: parts; siblings do not import each other
     "optim": 2, "metrics": 2, "data": 2, "precision": 2, "strategies": 2,
     "checkpoint": 2, "callbacks": 2,

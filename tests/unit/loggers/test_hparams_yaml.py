@@ -44,13 +44,13 @@ def test_values_with_a_plain_form_are_written_in_it(tmp_path: Path) -> None:
     params = {
         "tuple": (1, (2, 3)), "set": {2, 1}, "path": Path("/data/x"), "mode": Mode.FAST, "text": LoudText("quiet"),
         "np": np.float64(0.5), "np32": np.int32(3), "tensor": torch.tensor(2.0), "ns": Namespace(a=1), "optim": Optim(),
-        "nan": float("inf"),
+        "nan": float("inf"), "weights": torch.ones(2, 1), "array": np.arange(3), "empty": torch.ones(0),
     }  # fmt: skip
     assert write_yaml(tmp_path / "h.yaml", params) == []
     assert read_yaml(tmp_path / "h.yaml") == {
         "tuple": [1, [2, 3]], "set": [1, 2], "path": "/data/x", "mode": "FAST", "text": "quiet", "np": 0.5, "np32": 3,
         "tensor": 2.0, "ns": {"a": 1}, "optim": {"lr": 0.1, "betas": [0.9, 0.99], "schedule": None},
-        "nan": float("inf"),
+        "nan": float("inf"), "weights": [[1.0], [1.0]], "array": [0, 1, 2], "empty": [],
     }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_unsafe_values_are_left_out_and_named(tmp_path: Path) -> None:
     holds_itself: dict[str, Any] = {}
     holds_itself["me"] = [holds_itself]
     params = {
-        "lr": 0.1, "loss": torch.nn.MSELoss(), "fn": len, "weights": torch.ones(3), "optim": Optim(schedule=object()),
+        "lr": 0.1, "loss": torch.nn.MSELoss(), "fn": len, "weights": torch.ones(1001), "optim": Optim(schedule=object()),
         "mixed": [1, object()], "nested": [{"a": object()}], ("k",): 1, "me": holds_itself, "cls": Optim,
     }  # fmt: skip
     left_out = write_yaml(tmp_path / "h.yaml", params)

@@ -1,4 +1,4 @@
-"""Turning whatever a checkpoint was given into what ``weights_only`` loading gives back. Floor 2, any process.
+"""Turning whatever a checkpoint was given into what ``weights_only`` loading gives back. Floor 1, any process.
 
 Weights, optimizers, callbacks and hooks may hold anything. A file that cannot be read is found out when it is needed,
 so what has no safe form is left out, with one warning that names it; the training behind it is not lost for it.
@@ -6,6 +6,8 @@ so what has no safe form is left out, with one warning that names it; the traini
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from enum import Enum
@@ -27,6 +29,21 @@ _DEEPEST = 100
 _WHOLE = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
+def plain_entries(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the entries that have a plain form, in it, and what the others are or hold (``"a MSELoss"``), by name.
+
+    Each entry is kept whole or not at all: a hyperparameter with half of its content is worse than none.
+    """
+    kept: dict[str, Any] = {}
+    lost: dict[str, str] = {}
+    for name, value in values.items():
+        try:
+            kept[name] = _value(value, name, None, [])
+        except _Unsafe as error:
+            lost[name] = _kind(error.value, value)
+    return kept, lost
+
+
 class _Unsafe(Exception):
     """``value`` has no safe form."""
 
@@ -37,8 +54,9 @@ class _Unsafe(Exception):
 def made_safe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the checkpoint with plain values and tensors only; one UserWarning names all that was left out.
 
-    NumPy scalars become numbers, arrays tensors, mappings dicts, paths strings, enums their values, other sequences
-    lists. From a dict only the unsafe entries go, of a list or a set all goes: its other items would change places.
+    NumPy scalars become numbers, arrays tensors, mappings, Namespaces and dataclass objects dicts, paths strings, enums
+    their values, other sequences lists. From a dict only the unsafe entries go, of a list or a set all goes: its other
+    items would change places.
     """
     lost: list[str] = []
     safe: dict[str, Any] = _mapping(checkpoint, "", lost, [])
@@ -65,9 +83,22 @@ def _mapping(value: Mapping[Any, Any], path: str, lost: list[str] | None, around
         except _Unsafe as error:
             if lost is None:
                 raise
-            kind = type(error.value).__name__
-            lost.append(f"{here} (a {kind})" if error.value is item else f"{here} (holds a {kind})")
+            lost.append(f"{here} ({_kind(error.value, item)})")
     return safe
+
+
+def _kind(unsafe: Any, entry: Any) -> str:
+    kind = type(unsafe).__name__
+    return f"a {kind}" if unsafe is entry else f"holds a {kind}"
+
+
+def fields_of(value: Any) -> dict[str, Any] | None:
+    """Return the contents of a Namespace or dataclass object; None for anything else."""
+    if isinstance(value, argparse.Namespace):
+        return dict(vars(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
 
 
 def _value(value: Any, path: str, lost: list[str] | None, around: list[int]) -> Any:
@@ -86,14 +117,15 @@ def _value(value: Any, path: str, lost: list[str] | None, around: list[int]) -> 
             if base is int and int(value).bit_length() > _MOST_BITS:
                 raise _Unsafe(value)
             return convert(value)
-    if not isinstance(value, (Mapping, Sequence, Set)) or isinstance(value, memoryview):
+    fields = fields_of(value)
+    if fields is None and (not isinstance(value, (Mapping, Sequence, Set)) or isinstance(value, memoryview)):
         raise _Unsafe(value)
     if id(value) in around or len(around) > _DEEPEST:  # it holds itself
         raise _Unsafe(value)
     around.append(id(value))
     try:
-        if isinstance(value, Mapping):
-            return _mapping(value, path, lost, around)
+        if fields is not None or isinstance(value, Mapping):
+            return _mapping(value if fields is None else fields, path, lost, around)
         items = [_value(item, f"{path}[{i}]", lost, around) for i, item in enumerate(value)]
     finally:
         around.pop()
