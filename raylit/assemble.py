@@ -46,7 +46,7 @@ from raylit.wire import Job, World
 from raylit.worker.loaders import Loaders
 from raylit.worker.output import RunOutput
 from raylit.worker.profiled import ProfiledRun
-from raylit.worker.storage import local_folder
+from raylit.worker.storage import files_of, local_folder
 
 if TYPE_CHECKING:
     from raylit.worker.channel import WorkerChannel
@@ -364,7 +364,8 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     view = WorkerTrainer(RunState())
     # Only rank 0's objects go home, so only they are compared.
     departure = Departure.of(spec) if world.global_rank == 0 else None
-    with local_folder(spec.run_folder, spec.run_filesystem) as spec.run_folder:
+    begun = files_of(spec.loggers) if world.global_rank == 0 else []  # two copies would overwrite one another
+    with local_folder(spec.run_folder, spec.run_filesystem, begun) as spec.run_folder:
         outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)
     if spec.stage is Stage.FIT and spec.config.fit.enable_checkpointing and world.storage_path is not None:
         from raylit.worker.report import report_checkpoint

@@ -108,6 +108,9 @@ class Trainer(TrainerView):
             if not isinstance(callback, Callback):
                 kind = type(callback).__name__
                 raise ConfigError(f"Trainer(callbacks=[...]) takes raylit.Callback objects; got {kind}")
+        from raylit.loggers import make_loggers
+
+        make_loggers(fit.logger)  # refuses what is no logger
         self._state.callbacks = list(fit.callbacks)
         self._state.max_epochs = -1 if fit.epoch_limit is None else fit.epoch_limit
         self._state.max_steps = -1 if fit.step_limit is None else fit.step_limit

@@ -76,6 +76,7 @@ class FitConfig:
     inference_mode: bool = True
     seed: int | None = None
     strategy: Any = "auto"
+    progress_timeout: float | None = 1800.0  # seconds; None: wait for ever
 
     def __post_init__(self) -> None:
         for name, value in (_lengths(self) | _optimisation(self) | _parts(self)).items():
@@ -125,8 +126,8 @@ class FitConfig:
 def as_fast_dev_run(config: FitConfig) -> FitConfig:
     """Return what ``fast_dev_run=n`` means: n batches of everything, one epoch, and nothing written.
 
-    Loggers and checkpoints are off, no sanity check, no minimum, no time limit. ``fast_dev_run`` keeps its value, so
-    that callbacks that write can see it. Without fast_dev_run the same config comes back.
+    Checkpoints are off, no sanity check, no minimum, no time limit. ``fast_dev_run`` keeps its value, so that callbacks
+    that write can see it, and the driver, which puts loggers that keep nothing in their place. Without fast_dev_run the same config comes back.
     """
     n = config.fast_dev_run
     if n == 0:
@@ -146,7 +147,6 @@ def as_fast_dev_run(config: FitConfig) -> FitConfig:
         val_check_interval=1.0,
         check_val_every_n_epoch=1,
         num_sanity_val_steps=0,
-        logger=(),
         enable_checkpointing=False,
     )
 
@@ -177,6 +177,7 @@ def _lengths(given: FitConfig) -> dict[str, Any]:
     for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
         value = getattr(given, name)
         checked[name] = 1.0 if value is None else amounts.batch_amount(name, value)
+    checked["progress_timeout"] = amounts.seconds("progress_timeout", given.progress_timeout)
     checked["overfit_batches"] = amounts.batch_amount("overfit_batches", given.overfit_batches)
     return checked
 

@@ -30,13 +30,16 @@ def new_name(module_name: str) -> str:
     return f"{module_name}-{now}-{secrets.token_hex(2)}"
 
 
-def claim(placement: PlacementConfig, module_name: str) -> str:
+def claim(placement: PlacementConfig, module_name: str, stage: Stage = Stage.FIT) -> str:
     """Return the run's folder (path or URI) after checking that it is new and can be written.
 
+    A fit's is called as the person says; an evaluation leaves that name to the fit that may follow.
     Raises RunExistsError for a name that is taken, ConfigError for a storage path that cannot be written.
     """
     storage = placement.storage_path or default_storage()
     name = placement.name or new_name(module_name)
+    if stage is not Stage.FIT:
+        name = new_name(f"{placement.name or module_name}-{stage.value}")
     filesystem = filesystem_of(placement)
     if filesystem is None and storage.startswith("file:"):
         storage = _path_of(storage)

@@ -15,13 +15,14 @@ from torch import nn
 
 from raylit.assemble import RunSpec, check_strategy, metrics_as_floats, pick_device, strategy_name
 from raylit.callback import Callback
+from raylit.callbacks.configuring import configured
 from raylit.checkpoint import check_weights, read, write
 from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
 from raylit.driver import folder as folders
-from raylit.driver.result import LocalCheckpoint, LocalResult, StoredCheckpoint
 from raylit.driver.hooks import check_hooks, require
+from raylit.driver.result import LocalCheckpoint, LocalResult, StoredCheckpoint
 from raylit.errors import CheckpointError, ConfigError, DataError, HookError
 from raylit.hooks import overridden
 from raylit.module import Module
@@ -30,7 +31,7 @@ from raylit.stage import Stage, Status
 from raylit.travel import Homecoming, pack_spec, receive, unpack, with_gpu
 from raylit.wire import Job, World
 from raylit.worker.loaders import HOOK
-from raylit.worker.storage import is_remote, local_folder
+from raylit.worker.storage import files_of, is_remote, local_folder
 
 if TYPE_CHECKING:
     from raylit.trainer import Trainer
@@ -100,7 +101,7 @@ def _run_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> Any:
 
     run_folder = spec.run_folder
     try:
-        with local_folder(run_folder, spec.run_filesystem) as folder:
+        with local_folder(run_folder, spec.run_filesystem, files_of(spec.loggers)) as folder:
             spec.run_folder = folder
             outcome = run(spec, World(), trainer, display.event, trainer._config.placement.use_gpu)
             if outcome.checkpoint is not None and folder is not None:
@@ -108,6 +109,7 @@ def _run_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> Any:
             return outcome
     finally:
         spec.run_folder = trainer._state.log_dir = run_folder
+        attach_loggers(spec.loggers, run_folder, spec.run_filesystem)
 
 
 def _fit_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> LocalResult:
@@ -210,6 +212,9 @@ def describe(
     state.stage = stage
     if stage is Stage.FIT:
         state.epoch, state.global_step = 0, 0
+    filesystem = folders.filesystem_of(trainer._config.placement)
+    state.loggers = pick_loggers(trainer, run_folder)
+    attach_loggers(state.loggers, run_folder, filesystem)
     seed = trainer._config.fit.seed
     return RunSpec(
         stage=stage,
@@ -218,9 +223,9 @@ def describe(
         datamodule=datamodule,
         loaders={kind: loader for kind, loader in loaders.items() if loader is not None},
         callbacks=callbacks,
-        loggers=pick_loggers(trainer, run_folder),
+        loggers=state.loggers,
         run_folder=run_folder,
-        run_filesystem=folders.filesystem_of(trainer._config.placement),
+        run_filesystem=filesystem,
         random_state=None if trainer._config.placement.in_process else get_random_state(),
         order_seed=(torch.initial_seed() if seed is None else seed) % 2**32,
         epoch=state.epoch,
@@ -238,6 +243,13 @@ def pick_loggers(trainer: Trainer, run_folder: str | None) -> list[Any]:
     fit = trainer._config.fit
     loggers = make_loggers(fit.logger)
     return [DummyLogger()] if loggers and (fit.fast_dev_run or run_folder is None) else loggers
+
+
+def attach_loggers(loggers: list[Any], run_folder: str | None, filesystem: Any) -> None:
+    """Tell the caller's own loggers where the run's files are, for who asks ``trainer.logger`` before and after it."""
+    here = run_folder is not None and not is_remote(run_folder, filesystem)
+    for logger in loggers:
+        logger.attach(run_folder if here else None, 0)
 
 
 def keeps_values(trainer: Trainer) -> bool:
@@ -287,6 +299,7 @@ def check_before_fit(
     require(model, "training_step", "write training_step(self, batch, batch_idx), returning the loss")
     require(model, "configure_optimizers", "write configure_optimizers(self); return None to run forward only")
     check_placement(trainer)
+    configured(trainer._config.fit, callbacks)  # refuses callbacks that contradict one another or an argument
     check_hooks(trainer, model, callbacks, datamodule)
     check_loaders(trainer, Stage.FIT, model, loaders, datamodule)
     if overridden(model, "validation_step", Module) is False and loaders.get("validate") is not None:
@@ -346,7 +359,8 @@ class shown:
 
     def __init__(self, trainer: Trainer, first: bool = False) -> None:
         self._trainer, self._first = trainer, first
-        self._display = TerminalDisplay(enabled=trainer._config.fit.enable_progress_bar)
+        settings = configured(trainer._config.fit, trainer._state.callbacks)
+        self._display = TerminalDisplay(enabled=settings.fit.enable_progress_bar)
 
     def __enter__(self) -> TerminalDisplay:
         if self._first and not self._trainer._notes_given:

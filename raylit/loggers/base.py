@@ -24,19 +24,22 @@ class Logger(ABC):
     ``.experiment`` shall be something; it need not call ``super().__init__()``.
     """
 
+    # Files in the run folder that a later stage of the same run (a test after a fit) goes on with.
+    goes_on_with: tuple[str, ...] = ()
     # Class attributes and no constructor: a person's subclass need not know of them.
     rank: int = 0
     _run_dir: str | None = None
     _purge_step: int | None = None
     _experiment: Any = None
 
-    def attach(self, log_dir: str | os.PathLike[str], rank: int, purge_step: int | None = None) -> None:
+    def attach(self, log_dir: str | os.PathLike[str] | None, rank: int, purge_step: int | None = None) -> None:
         """Learn the run folder and the rank; called by each worker before the first hook.
 
+        ``log_dir`` is None where there is no folder of this machine: after a run on remote storage, on the driver.
         ``purge_step``: the first step that a resumed run will log again. What an attempt that broke off has logged
         from there on is taken back, where the logger can do that.
         """
-        self._run_dir = os.fspath(log_dir)
+        self._run_dir = None if log_dir is None else os.fspath(log_dir)
         self.rank = rank
         self._purge_step = purge_step
 
@@ -155,7 +158,7 @@ class FolderLogger(Logger):
             root = os.path.join(root, version if isinstance(version, str) else f"version_{version}")
         return root if self._sub_dir is None else os.path.join(root, self._sub_dir)
 
-    def attach(self, log_dir: str | os.PathLike[str], rank: int, purge_step: int | None = None) -> None:
+    def attach(self, log_dir: str | os.PathLike[str] | None, rank: int, purge_step: int | None = None) -> None:
         """Learn the run folder and the rank; see ``Logger.attach``."""
         super().attach(log_dir, rank, purge_step)
         _ = self.version  # settled now: a folder that appears later must not change the answer

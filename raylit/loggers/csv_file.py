@@ -17,6 +17,8 @@ class CSVLogger(FolderLogger):
     Rows go to the disk as they come; ``flush_logs_every_n_steps`` lets them wait for that many steps.
     """
 
+    goes_on_with = ("metrics.csv",)
+
     def __init__(
         self,
         save_dir: str | os.PathLike[str] | None = None,

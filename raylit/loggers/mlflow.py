@@ -29,6 +29,8 @@ class MLFlowLogger(Logger):
     run.
     """
 
+    goes_on_with = (_RUN_FILE, "mlflow.db")
+
     def __init__(
         self,
         experiment_name: str = "lightning_logs",

@@ -25,6 +25,8 @@ class WandbLogger(Logger):
     with its wandb run. wandb's step is left alone; the x axis is ``trainer/global_step``.
     """
 
+    goes_on_with = (_RUN_FILE,)
+
     def __init__(
         self,
         name: str | None = None,

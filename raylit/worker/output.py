@@ -7,7 +7,6 @@ Values are read off the device late: a row logged now is written when it is ther
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,10 @@ from raylit.metrics.history import History
 from raylit.metrics.snapshot import Snapshot
 from raylit.stage import Loop, Stage
 from raylit.view import RunState
+from raylit.worker.history_file import HistoryFile
 
 Send = Callable[[dict[str, Any]], None]
 _REFRESH_S = 0.25  # seconds between two progress events
-_HISTORY_FILE = "history.parquet"
-_HISTORY_EVERY_S = 10.0  # at ends of epochs: the file is written whole, which many short epochs should not pay for
 
 
 class RunOutput:
@@ -43,8 +41,9 @@ class RunOutput:
         self._shown: Snapshot | None = None  # the bar's values as of the last refresh
         self._texts: dict[str, str] = {}
         self._epoch_started = time.perf_counter()
-        self._folder: str | None = None
-        self._history_written = time.monotonic()
+        self._file: HistoryFile | None = None
+        if self._history is not None and state.log_dir is not None:
+            self._file = HistoryFile(self._history, state.log_dir)
 
     # -- display -------------------------------------------------------------------------------------------------
     def stage_start(self, state: RunState) -> None:
@@ -127,14 +126,6 @@ class RunOutput:
         self._drain(wait=True)
         for logger in self._loggers:
             logger.save()
-        self._folder = state.log_dir
-        if time.monotonic() - self._history_written >= _HISTORY_EVERY_S:
-            self._write_history()
-
-    def _write_history(self) -> None:
-        if self._history is not None and len(self._history) and self._folder is not None:
-            self._history.write_parquet(os.path.join(self._folder, _HISTORY_FILE))
-            self._history_written = time.monotonic()
 
     def _keep(self, state: RunState, metrics: Mapping[str, Tensor]) -> None:
         if not metrics or state.world.global_rank != 0:
@@ -142,6 +133,8 @@ class RunOutput:
         snapshot = Snapshot(metrics)
         if self._history is not None:
             self._history.append(state.epoch, state.global_step, snapshot)
+            if self._file is not None:
+                self._file.follow()
         if self._loggers:
             self._waiting.append((state.global_step, snapshot))
             self._drain(wait=False)
@@ -156,10 +149,13 @@ class RunOutput:
 
     def flush(self) -> None:
         """Write what waits; at the end of a stage, also after an exception."""
-        self._drain(wait=True)
-        for logger in self._loggers:
-            logger.save()
-        self._write_history()
+        try:
+            self._drain(wait=True)
+            for logger in self._loggers:
+                logger.save()
+        finally:  # whatever a logger's library or server does
+            if self._file is not None:
+                self._file.close()
 
     def finalize(self, status: str) -> None:
         """Close the loggers."""

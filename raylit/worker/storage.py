@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -17,10 +17,12 @@ def is_remote(folder: str, filesystem: Any = None) -> bool:
 
 
 @contextlib.contextmanager
-def local_folder(run_folder: str | None, filesystem: Any = None) -> Iterator[str | None]:
+def local_folder(run_folder: str | None, filesystem: Any = None, begun: Sequence[str] = ()) -> Iterator[str | None]:
     """Give the run folder as a path; for a remote one a temporary folder, copied to the storage at the end.
 
     It is copied after an exception too, and then removed. Where copying fails, it stays, and a warning says where.
+    A process that is killed leaves what it wrote on its own machine only. ``begun``: files that an earlier stage of the
+    run may have left, which this one goes on with.
     """
     if run_folder is None or not is_remote(run_folder, filesystem):
         if run_folder is not None:
@@ -29,6 +31,8 @@ def local_folder(run_folder: str | None, filesystem: Any = None) -> Iterator[str
         return
     folder = tempfile.mkdtemp(prefix="raylit-")
     try:
+        for name in begun:
+            _fetch(f"{run_folder.rstrip('/')}/{name}", folder, filesystem)
         yield folder
     finally:
         try:
@@ -38,6 +42,21 @@ def local_folder(run_folder: str | None, filesystem: Any = None) -> Iterator[str
             warnings.warn(f"the run could not be copied to {run_folder} ({reason}); it is in {folder}", stacklevel=3)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def files_of(loggers: Iterable[Any]) -> list[str]:
+    """The files of the run folder that loggers go on with."""
+    return [name for logger in loggers for name in logger.goes_on_with]
+
+
+def _fetch(stored: str, folder: str, filesystem: Any) -> None:
+    import pyarrow.fs
+
+    source, path = resolved(stored, filesystem)
+    if source.get_file_info(path).type is pyarrow.fs.FileType.File:
+        target = os.path.join(folder, os.path.basename(path))
+        pyarrow.fs.copy_files(path, target, source_filesystem=source,
+                              destination_filesystem=pyarrow.fs.LocalFileSystem())  # fmt: skip
 
 
 def upload(folder: str, run_folder: str, filesystem: Any = None) -> None:
