@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from raylit.errors import ConfigError
 from raylit.ports import Collective
@@ -86,31 +85,50 @@ class DDP2(DDP):
         return {**super().__getstate__(), "_asked": self._asked, "split": self.split}
 
 
-class OnCopies(nn.Module):
-    """A step of ``module`` on another device, with copies of its parameters and buffers there."""
+class OnCopies:
+    """A step of ``module`` on another device: while it runs, copies there stand in for parameters and buffers.
+
+    Not ``torch.func.functional_call``: that leaves copies behind in a layer that has two names, and does not reach the
+    weights of an LSTM.
+    """
 
     def __init__(self, module: nn.Module, step: Callable[..., Any], device: torch.device) -> None:
-        super().__init__()
-        self.module = module
-        self._step, self._device = step, device
+        self._module, self._step, self._device = module, step, device
 
-    def run(self, *args: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         """Call the step; gradients of the copies flow back to the Module's own parameters."""
-        named = (*self.module.named_parameters(), *self.module.named_buffers())
-        copies = {f"module.{name}": tensor.to(self._device, non_blocking=True, copy=True) for name, tensor in named}
-        if self._device.type != "cuda":
-            return functional_call(self, copies, args)
-        with torch.cuda.device(self._device):
-            return functional_call(self, copies, args)
-
-    def forward(self, *args: Any) -> Any:
-        return self._step(*args)
+        tables: list[tuple[dict[str, Any], dict[str, Any]]] = []  # the live one, and what belongs in it
+        copies: dict[int, Tensor] = {}  # by id(), so that a weight in two places stays one
+        recurrent: list[tuple[nn.RNNBase, list[Any]]] = []
+        for layer in self._module.modules():
+            tables += [(table, dict(table)) for table in (layer._parameters, layer._buffers) if table]
+            if isinstance(layer, nn.RNNBase):  # keeps a list of its weights beside them
+                recurrent.append((layer, layer._flat_weights))
+        for _, own in tables:
+            for tensor in own.values():
+                if tensor is not None and id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.to(self._device, non_blocking=True, copy=True)
+        try:
+            for table, own in tables:
+                table.update({name: copies[id(tensor)] for name, tensor in own.items() if tensor is not None})
+            for layer, weights in recurrent:
+                layer._flat_weights = [copies.get(id(weight), weight) for weight in weights]
+            if self._device.type != "cuda":
+                return self._step(*args)
+            with torch.cuda.device(self._device):
+                return self._step(*args)
+        finally:
+            for table, own in tables:
+                table.clear()
+                table.update(own)
+            for layer, weights in recurrent:
+                layer._flat_weights = weights
 
 
 def _on_each(
     devices: Sequence[torch.device], module: nn.Module, step: Callable[..., Any]
 ) -> list[tuple[torch.device, Callable[..., Any]]]:
-    return [(device, step if device == devices[0] else OnCopies(module, step, device).run) for device in devices]
+    return [(device, step if device == devices[0] else OnCopies(module, step, device)) for device in devices]
 
 
 def _checked(devices: Any) -> int | None:

@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 import raylit
 from raylit.errors import ConfigError, DataError, HookError
 from raylit.strategies import DDP2, DataParallel
+from raylit.strategies.dp import OnCopies
 from tests.unit.engine.small import Net, Numbers, adamw, assert_same, batches, network, numbers, quiet, sgd
 
 both = pytest.mark.parametrize("make", [sgd, adamw], ids=["sgd", "adamw"])
@@ -480,3 +481,60 @@ def test_more_devices_than_there_are_gpus():
     gpus = [torch.device("cuda", index) for index in range(2)]
     with pytest.raises(ConfigError, match=r"devices=3, but the worker sees 2 GPU.*resources_per_worker=\{'GPU': 3\}"):
         DataParallel(devices=3).attach(gpus, None)
+
+
+# -- other devices ---------------------------------------------------------------------------------------------------
+class Counted(raylit.Module):
+    """A layer with two names, a tied weight, an LSTM, batch norm's buffers, and a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.again, self.tied, self.rnn = self.layer, nn.Linear(3, 3), nn.LSTM(3, 3)
+        self.tied.weight = self.layer.weight
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def training_step(self, batch, batch_idx):
+        copied = not isinstance(self.rnn.weight_ih_l0, nn.Parameter)
+        self.seen = (self.device, batch_idx, copied, self.rnn._flat_weights[0] is self.rnn.weight_ih_l0)
+        out, _ = self.rnn(self.tied(self.again(batch)))
+        return (self.norm(out) * self.frozen).square().sum() / 7
+
+
+def test_a_step_on_copies_gives_its_gradients_to_the_modules_own_weights():
+    module, other = Counted(), Counted()
+    x = torch.randn(4, 3)
+    loss = OnCopies(module, module.training_step, torch.device("cpu"))(x, 3)
+    loss.backward()
+    expected = other.training_step(x, 3)
+    expected.backward()
+    assert loss == expected
+    for mine, same in zip(module.parameters(), other.parameters(), strict=True):
+        assert isinstance(mine, nn.Parameter)  # in its place again
+        assert (mine.grad is None) == (same.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad, same.grad)
+    assert module.seen == (torch.device("cpu"), 3, True, True)  # set on the Module itself
+    # Statistics of another device's part are lost, as in torch's DataParallel.
+    assert int(module.norm.num_batches_tracked) == 0 and int(other.norm.num_batches_tracked) == 1
+    assert module.rnn._flat_weights[0] is module.rnn.weight_ih_l0 and module.tied.weight is module.layer.weight
+
+
+def test_a_step_on_copies_that_fails_leaves_the_module_as_it_was():
+    module = Counted()
+    before = {name: id(tensor) for name, tensor in module.named_parameters()}
+    with pytest.raises(ZeroDivisionError):
+        OnCopies(module, lambda: 1 / 0, torch.device("cpu"))()
+    assert {name: id(tensor) for name, tensor in module.named_parameters()} == before
+
+
+def test_each_device_has_its_step():
+    cpu = torch.device("cpu")
+    strategy = DataParallel().attach([cpu], None)
+    step = Counted().training_step
+    assert strategy.each_device(Counted(), step) == [(cpu, step)] * 2
+    gpus = [torch.device("cuda", index) for index in range(3)]
+    devices = DataParallel(devices=2).attach(gpus, None).each_device(Counted(), step)
+    assert [device for device, _ in devices] == gpus[:2]
+    assert devices[0][1] == step and devices[1][1] != step
+    assert len(DataParallel().attach(gpus, None).each_device(Counted(), step)) == 3
