@@ -16,7 +16,7 @@ from raylit.seed import seed_everything
 from raylit.trainer import Trainer
 
 if TYPE_CHECKING:
-    from raylit import loggers, profilers, strategies
+    from raylit import callbacks, loggers, profilers, strategies
 
 __version__ = "0.1.0"
 
@@ -26,9 +26,9 @@ LightningModule = Module
 LightningDataModule = DataModule
 
 __all__ = ["Callback", "DataModule", "LightningDataModule", "LightningModule", "Module", "Trainer", "__version__",
-           "loggers", "profilers", "seed_everything", "strategies"]  # fmt: skip
+           "callbacks", "loggers", "profilers", "seed_everything", "strategies"]  # fmt: skip
 
-_LAZY = ("loggers", "profilers", "strategies")
+_LAZY = ("callbacks", "loggers", "profilers", "strategies")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,12 +12,14 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from raylit.callback import Callback
+from raylit.callbacks.configuring import configured
 from raylit.checkpoint import apply, collect, load_weights
 from raylit.config.amounts import check_precision
 from raylit.config.trainer import TrainerConfig
@@ -102,12 +104,14 @@ def pick_device(world: World, use_gpu: bool | str) -> torch.device:
 
 def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_gpu: bool | str) -> RunOutcome:
     """Run one stage in this process as the given place in the world, with ``view`` as everyone's ``trainer``."""
-    fit = spec.config.fit
+    settings = configured(spec.config.fit, spec.callbacks)
+    fit = settings.fit
     device = pick_device(world, use_gpu)
     check_precision(fit.precision, use_gpu=device.type == "cuda")
     _randomness(spec, world)
     state = view._state
     _fill(state, spec, world, device)
+    state.settings = fit
     strategy = pick_strategy(fit.strategy, world, device, fit.sync_batchnorm)
     state.strategy_name = strategy.name
     precision = make_precision(fit.precision, device.type)
@@ -125,7 +129,9 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         logger.attach(state.log_dir, world.global_rank)
     output = RunOutput(
         state, send=send, loggers=spec.loggers, history=history,
-        show_progress=fit.enable_progress_bar, bar_items=spec.module.get_progress_bar_dict,
+        show_progress=fit.enable_progress_bar, bar_every=settings.bar_every,
+        bar_items=partial(settings.bar_items, view, spec.module) if settings.bar_items is not None
+        else spec.module.get_progress_bar_dict,
     )  # fmt: skip
     if history is not None:
         state.history = history
@@ -153,7 +159,7 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
     if fit.enable_model_summary and world.global_rank == 0 and spec.stage is Stage.FIT and send is not None:
         from raylit.summary import summarize
 
-        send({"kind": "summary", "text": summarize(spec.module)})
+        send({"kind": "summary", "text": summarize(spec.module, settings.summary_depth)})
     log_hyperparams(spec, state)
     with torch_settings(fit.deterministic, fit.benchmark):
         try:
@@ -175,6 +181,7 @@ def _fill(state: RunState, spec: RunSpec, world: World, device: torch.device) ->
     state.max_epochs = -1 if fit.epoch_limit is None else fit.epoch_limit
     state.max_steps = -1 if fit.step_limit is None else fit.step_limit
     state.epoch, state.global_step, state.batch_idx = spec.epoch, spec.global_step, -1
+    state.schedulers_on_hold = state.validates = False
     # Another run's numbers are not this one's.
     state.callback_metrics, state.logged_metrics, state.progress_bar_metrics = {}, {}, {}
 

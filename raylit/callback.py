@@ -33,6 +33,8 @@ class Callback:
     def on_train_epoch_start(self, trainer: TrainerView, module: Module) -> None: ...
     # An override that names ``outputs`` gets the outputs of the epoch, which are kept for it.
     def on_train_epoch_end(self, trainer: TrainerView, module: Module, *args: Any, **kwargs: Any) -> None: ...
+    # The epoch's metrics are reduced over all workers, with what epoch hooks logged: ``trainer.callback_metrics`` has all.
+    def on_train_epoch_settled(self, trainer: TrainerView, module: Module) -> None: ...
     def on_train_batch_start(
         self, trainer: TrainerView, module: Module, batch: Any, batch_idx: int, *args: Any, **kwargs: Any
     ) -> int | None: ...
@@ -79,6 +81,14 @@ class Callback:
     def on_save_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None: ...
     def on_load_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None: ...
     def on_exception(self, trainer: TrainerView, module: Module, exception: BaseException) -> None: ...
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint; override it where one class has several instances.
+
+        Of callbacks with one key the second has ``:1`` behind it, the third ``:2``, in the order of the list.
+        """
+        return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of this callback: plain values and tensors."""

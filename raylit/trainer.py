@@ -111,6 +111,9 @@ class Trainer(TrainerView):
         from raylit.loggers import make_loggers
 
         make_loggers(fit.logger)  # refuses what is no logger
+        from raylit.callbacks.configuring import configured
+
+        self._state.settings = configured(fit, fit.callbacks).fit
         self._state.callbacks = list(fit.callbacks)
         self._state.max_epochs = -1 if fit.epoch_limit is None else fit.epoch_limit
         self._state.max_steps = -1 if fit.step_limit is None else fit.step_limit

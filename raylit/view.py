@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raylit.errors import ConfigError, RaylitError
+from raylit.config.fit import FitConfig
+from raylit.errors import ConfigError, NotAttachedError, RaylitError
 from raylit.stage import Loop, Stage, Status
 from raylit.wire import World
 
@@ -45,6 +46,10 @@ class RunState:
     loggers: list[Any] = field(default_factory=list)
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     lr_schedulers: list[Any] = field(default_factory=list)
+    lr_scheduler_configs: list[Any] = field(default_factory=list)
+    schedulers_on_hold: bool = False  # a callback steps a scheduler of its own instead
+    validates: bool = False  # this fit runs validation
+    settings: FitConfig = field(default_factory=FitConfig)
     callback_metrics: dict[str, Tensor] = field(default_factory=dict)
     logged_metrics: dict[str, Tensor] = field(default_factory=dict)
     progress_bar_metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -54,6 +59,8 @@ class RunState:
     history: Any = None
     # In a fit: the latest step values of the loop that runs, by reference; asked only when someone reads metrics.
     live_metrics: Callable[[], Any] | None = None
+    # In a fit: runs training_step over this worker's training data and changes nothing but the layers' own statistics.
+    replay: Callable[[], int] | None = None
 
 
 class TrainerView:
@@ -145,6 +152,32 @@ class TrainerView:
     def should_stop(self, value: bool) -> None:
         self._state.stop_requested = bool(value)
 
+    @property
+    def batch_idx(self) -> int:
+        """Index of the training batch that runs, or ran last, in this epoch; -1 before the first."""
+        return self._state.batch_idx
+
+    # -- settings ------------------------------------------------------------------------------------------------
+    @property
+    def fast_dev_run(self) -> int:
+        """Batches of a ``fast_dev_run``; 0 where it is off."""
+        return self._state.settings.fast_dev_run
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """Optimizer steps between two rows of step values; 0: none are kept."""
+        return self._state.settings.log_every_n_steps
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Batches to an optimizer step in the epoch that runs."""
+        return self._state.settings.accumulation_at(self._state.epoch)
+
+    @property
+    def enable_validation(self) -> bool:
+        """True in a fit that has validation batches to run."""
+        return self._state.validates
+
     # -- parts ---------------------------------------------------------------------------------------------------
     @property
     def model(self) -> Module | None:
@@ -177,6 +210,20 @@ class TrainerView:
     def lr_schedulers(self) -> list[Any]:
         """The learning rate schedulers of the fit, on a worker."""
         return self._state.lr_schedulers
+
+    @property
+    def lr_scheduler_configs(self) -> list[Any]:
+        """The schedulers of the fit with their ``interval``, ``frequency``, ``monitor``, ``name``, ``optimizer_idx``."""
+        return self._state.lr_scheduler_configs
+
+    @property
+    def schedulers_on_hold(self) -> bool:
+        """True while the schedulers of ``configure_optimizers`` do not step. May be set; a fit begins with False."""
+        return self._state.schedulers_on_hold
+
+    @schedulers_on_hold.setter
+    def schedulers_on_hold(self, value: bool) -> None:
+        self._state.schedulers_on_hold = bool(value)
 
     @property
     def loggers(self) -> list[Any]:
@@ -228,6 +275,17 @@ class TrainerView:
     def save_checkpoint(self, path: str, weights_only: bool = False) -> None:
         """Write a checkpoint of the run as it stands; on several workers all ranks must call it."""
         raise RaylitError("save_checkpoint works while a run goes on: call it in a hook")
+
+    def pass_over_training_data(self) -> int:
+        """Call ``training_step`` once with each of this worker's training batches; return how many they were.
+
+        In training mode, without gradients, optimizers, hooks and logging: what changes are statistics that layers
+        keep of what they saw (BatchNorm). All ranks must call it. In ``on_train_end`` and the epoch hooks of a fit;
+        NotAttachedError elsewhere.
+        """
+        if self._state.replay is None:
+            raise NotAttachedError("pass_over_training_data works in the hooks of a fit, from on_train_start on")
+        return self._state.replay()
 
     def _refuse_entry(self, name: str) -> ConfigError:
         advice = "call it in the script that made the Trainer"

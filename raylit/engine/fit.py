@@ -14,7 +14,7 @@
         per batch:
             on_train_batch_start -> the batch (raylit/engine/step.py) -> on_train_batch_end -> [validation, when due]
         training_epoch_end -> on_train_epoch_end -> on_epoch_end
-        [metrics reduced over all workers; epoch schedulers; checkpoint]
+        [metrics reduced over all workers; epoch schedulers] -> on_train_epoch_settled (callbacks) -> [checkpoint]
     on_train_end
     teardown("fit")
     on_fit_end
@@ -43,6 +43,7 @@ from raylit.engine.evaluate import Evaluation, Refresh
 from raylit.engine.handle import ModuleHandle
 from raylit.engine.outputs import EpochOutputs, batch_result
 from raylit.engine.parts import Parts
+from raylit.engine.replay import replay
 from raylit.engine.step import TrainBatch
 from raylit.errors import DataError, OptimizerError
 from raylit.metrics.place import BATCH_TRAIN, EPOCH_TRAIN, NO_EPOCH
@@ -88,11 +89,13 @@ class Fit:
         self._set_length()
         if self._validation.possible:
             self._val_loaders = parts.loaders.evaluation("validate")
+        state.validates = bool(self._val_loaders) and parts.settings.val_batch_limit != 0
         self._sanity_check()
         if parts.settings.max_time_s is not None:
             self._deadline = time.monotonic() + parts.settings.max_time_s
         parts.output.stage_start(state)
         state.live_metrics = parts.metrics.step_metrics
+        state.replay = lambda: replay(parts, self._epoch_batches(), self._train.without_logging)
         self._call("on_train_start")
         previous = torch.is_anomaly_enabled()
         torch.autograd.set_detect_anomaly(previous or parts.settings.detect_anomaly)
@@ -124,6 +127,7 @@ class Fit:
             )
         parts.state.optimizers = list(plan.optimizers)
         parts.state.lr_schedulers = [scheduler.scheduler for scheduler in plan.schedulers]
+        parts.state.lr_scheduler_configs = list(plan.schedulers)
         if not plan.optimizers:
             parts.output.note("configure_optimizers returned None: the loop runs forward only, nothing is trained")
         return plan
@@ -215,6 +219,7 @@ class Fit:
         state.progress_bar_metrics.update(logged.progress_bar)
         parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)
         self._step_schedulers_by_epoch(state.epoch + 1)
+        self._call("on_train_epoch_settled")
         self._check_that_something_stepped()
         parts.output.loop_end(state, Loop.TRAIN, logged.callback)
         state.epoch += 1
@@ -308,6 +313,13 @@ class Fit:
         if batch_idx < 0:
             raise DataError("the training loader gave no batch; look at its data set, batch_size and drop_last")
 
+    def _epoch_batches(self) -> Iterator[tuple[int, Any]]:
+        """All batches of an epoch with their index, for whoever passes over them once more."""
+        self._loader.set_epoch(self._parts.state.epoch)
+        if self._known and self._total is not None:
+            return zip(range(self._total), self._loader)
+        return self._looked_ahead()
+
     def _looked_ahead(self) -> Iterator[tuple[int, Any]]:
         """Yield batches of an unknown number with their index; ``_ended`` is set when the last one is out.
 
@@ -370,6 +382,8 @@ class Fit:
                     self._step_scheduler(plan)
 
     def _step_scheduler(self, plan: SchedulerPlan) -> None:
+        if self._parts.state.schedulers_on_hold:
+            return
         metric = None
         if plan.reduce_on_plateau:
             known = {**self._parts.state.callback_metrics, **self._parts.metrics.step_metrics().callback}

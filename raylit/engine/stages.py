@@ -73,7 +73,7 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
             on_exception(error)
         raise
     finally:
-        state.loop, state.live_metrics = None, None
+        state.loop, state.live_metrics, state.replay = None, None, None
         handle.restore()
         module.__dict__.pop("_run", None)
         if parts.datamodule is not None:

@@ -87,7 +87,10 @@ CALLBACK_HOOKS: dict[str, HookSpec] = {
     name: HookSpec(name, ("trainer", "module", *spec.plain), spec.named)
     for name, spec in {
         **SHARED_HOOKS,
-        **_specs(("on_sanity_check_start", "", ""), ("on_sanity_check_end", "", ""), ("on_exception", "exception", "")),
+        **_specs(
+            ("on_sanity_check_start", "", ""), ("on_sanity_check_end", "", ""), ("on_train_epoch_settled", "", ""),
+            ("on_exception", "exception", ""),
+        ),
     }.items()
 }
 

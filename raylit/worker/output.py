@@ -28,12 +28,12 @@ class RunOutput:
     """Implements ``engine.parts.Output``. ``send`` takes display events; ``bar_items`` gives what the bar shows."""
 
     def __init__(self, state: RunState, *, send: Send | None, loggers: Sequence[Any], history: History | None,
-                 show_progress: bool, bar_items: Callable[[], Mapping[str, Any]]) -> None:  # fmt: skip
+                 show_progress: bool, bar_items: Callable[[], Mapping[str, Any]], bar_every: int = 1) -> None:  # fmt: skip
         first = state.world.global_rank == 0
         self._send = send if first else None
         self._loggers = list(loggers) if first else []
         self._history = history if first else None
-        self._bar_items = bar_items
+        self._bar_items, self._bar_every = bar_items, bar_every
         # Every rank steps through the same log points, since reducing step values is a collective.
         self.wants_steps = True
         self.refresh_s = _REFRESH_S if first and send is not None and show_progress else math.inf
@@ -66,6 +66,8 @@ class RunOutput:
             self._shown = Snapshot(self._numbers())
         values = {**known, **self._texts}
         loop = state.loop.value if state.loop else "train"
+        if batches_done != total:
+            batches_done -= batches_done % self._bar_every
         self._event({"kind": "progress", "loop": loop, "epoch": state.epoch, "batch": batches_done, "total": total,
                      "values": _finite(values)})  # fmt: skip
 
