@@ -16,6 +16,7 @@
     ├── NotAttachedError (RuntimeError)     ``module.trainer`` where there is none
     ├── NonFiniteError (FloatingPointError) ``detect_anomaly`` found a loss or a gradient that is not finite
     ├── WorkerLostError (RuntimeError)      a worker process died without an exception of its own
+    │   └── ProgressTimeoutError (TimeoutError)   it made no progress for ``progress_timeout`` and was ended
     └── MissingDependencyError (ImportError)   an optional package is not installed
 """
 
@@ -79,6 +80,10 @@ class NonFiniteError(RaylitError, FloatingPointError):
 
 class WorkerLostError(RaylitError, RuntimeError):
     """A worker process died without raising an exception of its own."""
+
+
+class ProgressTimeoutError(WorkerLostError, TimeoutError):
+    """A worker made no progress for ``progress_timeout`` seconds and was ended."""
 
 
 class MissingDependencyError(RaylitError, ImportError):

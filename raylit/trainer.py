@@ -89,6 +89,7 @@ class Trainer(TrainerView):
         name: str | None = None,
         storage_path: str | None = None,
         max_failures: int = 0,
+        progress_timeout: str | timedelta | Mapping[str, int] | None = "00:00:30:00",
         runtime_env: Mapping[str, Any] | None = None,
         prepare_data_per_node: bool | None = None,
         **unknown: Any,

@@ -36,6 +36,7 @@ class RunState:
     epoch: int = 0  # epochs finished; the number of the epoch that runs
     global_step: int = 0  # rounds of optimizer steps since training began
     batch_idx: int = -1  # batch that runs, or ran last, in this epoch
+    eval_batches: int = 0  # batches of evaluations done since the run began; only ever counted up
     stop_requested: bool = False
     max_epochs: int = -1
     max_steps: int = -1

@@ -76,7 +76,7 @@ class FitConfig:
     inference_mode: bool = True
     seed: int | None = None
     strategy: Any = "auto"
-    progress_timeout: float | None = 1800.0  # seconds; None: wait for ever
+    progress_timeout: timedelta | None = timedelta(minutes=30)  # None: wait for ever
 
     def __post_init__(self) -> None:
         for name, value in (_lengths(self) | _optimisation(self) | _parts(self)).items():
@@ -105,6 +105,11 @@ class FitConfig:
     def max_time_s(self) -> float | None:
         """Seconds after which training ends; None: no limit."""
         return None if self.max_time is None else self.max_time.total_seconds()
+
+    @property
+    def progress_timeout_s(self) -> float | None:
+        """Seconds without progress after which a worker is ended; None: never."""
+        return None if self.progress_timeout is None else self.progress_timeout.total_seconds()
 
     @property
     def train_batch_limit(self) -> int | float:
@@ -177,7 +182,7 @@ def _lengths(given: FitConfig) -> dict[str, Any]:
     for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
         value = getattr(given, name)
         checked[name] = 1.0 if value is None else amounts.batch_amount(name, value)
-    checked["progress_timeout"] = amounts.seconds("progress_timeout", given.progress_timeout)
+    checked["progress_timeout"] = amounts.duration("progress_timeout", given.progress_timeout)
     checked["overfit_batches"] = amounts.batch_amount("overfit_batches", given.overfit_batches)
     return checked
 

@@ -38,7 +38,8 @@ class DriverChannel:
     """Receives every worker's events and gives them to ``on_event``, one at a time, each worker's in its order.
 
     ``on_event`` runs in this channel's threads under a lock, so it need not be thread safe; what it raises is
-    dropped (a broken display must not end a run). ``workers`` maps each rank that connected to its (node, pid).
+    dropped (a broken display must not end a run). ``workers`` maps each rank that connected to its (node, pid), and
+    ``stalled`` each rank whose watch (``raylit/worker/watch.py``) spoke to what it said.
     """
 
     def __init__(self, host: str, on_event: Callable[[dict[str, Any]], None]) -> None:
@@ -52,6 +53,7 @@ class DriverChannel:
         self._pending: list[_End] = []  # oldest first; not known yet
         self._known: list[_End] = []
         self.workers: dict[int, tuple[str, int]] = {}
+        self.stalled: dict[int, dict[str, Any]] = {}  # what each rank said that makes no progress
         # The wildcard address is never used: only the interface the workers come in on is opened.
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=128)
@@ -154,6 +156,8 @@ class DriverChannel:
                 return
             if event.get("kind") == "hello":
                 self.workers[int(event["rank"])] = (str(event["node"]), int(event["pid"]))
+            if event.get("kind") == "stalled":
+                self.stalled[int(event["rank"])] = event
             self._on_event(event)
 
 

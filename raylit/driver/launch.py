@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from raylit.driver import cluster
 from raylit.driver.channel import DriverChannel
-from raylit.errors import ResourceError, WorkerLostError
-from raylit.wire import Job
-from raylit.worker.failure import WorkerFailed, bare, first_cause, is_consequence, rebuild
+from raylit.errors import ProgressTimeoutError, ResourceError, WorkerLostError
+from raylit.wire import Job, WorkerFailure
+from raylit.worker.failure import WorkerFailed, bare, describe, first_cause, is_consequence, rebuild
 
 if TYPE_CHECKING:
     import ray.train
@@ -77,6 +77,8 @@ def launch(
             error = KeyboardInterrupt()
         except Exception as raised:
             error = as_callers_error(raised, channel.workers if channel else {})
+            if isinstance(error, WorkerLostError) and channel and channel.stalled:
+                error = stalled_error(channel.stalled, channel.workers)
     raise bare(error)
 
 
@@ -246,6 +248,44 @@ def _death(error: BaseException) -> BaseException | None:
     if isinstance(inner, RayActorError) or type(error).__name__ == "WorkerHealthCheckTimeoutError":
         return inner if isinstance(inner, BaseException) else error
     return None
+
+
+def stalled_error(
+    stalled: Mapping[int, dict[str, Any]], workers: Mapping[int, tuple[str, int]]
+) -> ProgressTimeoutError:
+    """Word the end of a run that stood still: the rank that the others waited for, where it was, and its stack.
+
+    That is the first that waits for nobody; where all that spoke wait, one that did not speak (its process is stopped,
+    or in native code that lets no other thread run), else the one that is furthest behind.
+    """
+    busy = sorted(rank for rank, said in stalled.items() if not said["waiting"])
+    silent = sorted(rank for rank in workers if rank not in stalled)
+    behind = sorted(stalled, key=lambda rank: (stalled[rank]["where"].get("global_step", 0),
+                                               stalled[rank]["where"].get("batch_idx", 0), rank))  # fmt: skip
+    rank = (busy or silent or behind)[0]
+    some = next(iter(stalled.values()))
+    if rank not in stalled:
+        node, process = workers[rank]
+        text = f"worker {rank} on node {node} (process {process}) made no progress for {some['timeout_s']:g} s"
+        error = ProgressTimeoutError(
+            f"{text}, and the other workers waited for it. It could not say where it stands: its process is stopped, "
+            "or in native code that lets no Python thread run."
+        )
+    else:
+        said = stalled[rank]
+        failure = WorkerFailure(
+            rank=rank, node_name=said["node"], type_name="", message="", pickled=None,
+            frames=tuple((str(f), int(n), str(function), str(line)) for f, n, function, line in said["frames"]),
+            where=said["where"],
+        )  # fmt: skip
+        place = describe(failure).replace("raised on", "it stands in", 1)
+        note = " Every worker waits for the others: do all of them call the same collectives?" if not busy else ""
+        error = ProgressTimeoutError(
+            f"worker {rank} made no progress for {said['timeout_s']:g} s and was ended.{note} "
+            f"progress_timeout=None waits for ever.\n{place}"
+        )
+    error.__dict__.update(raylit_rank=rank, raylit_node=workers[rank][0] if rank in workers else None)
+    return error
 
 
 def lost_error(lost: Mapping[int, BaseException], workers: Mapping[int, tuple[str, int]]) -> WorkerLostError:

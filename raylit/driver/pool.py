@@ -15,7 +15,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from raylit.driver import cluster
-from raylit.driver.launch import DEFAULT_WORKER_MAIN, Launched, OnEvent, lost_error, open_channel, stored
+from raylit.driver.launch import (
+    DEFAULT_WORKER_MAIN,
+    Launched,
+    OnEvent,
+    lost_error,
+    open_channel,
+    stalled_error,
+    stored,
+)
+from raylit.errors import WorkerLostError
 from raylit.wire import Job, World
 from raylit.worker.failure import WorkerFailed, bare, first_cause, is_consequence, rebuild
 
@@ -72,6 +81,8 @@ def launch_pooled(
             error = KeyboardInterrupt() if isinstance(raised, KeyboardInterrupt) else raised
             if isinstance(raised, _Failed):
                 error = _callers_error(raised.errors, channel.workers if channel else {})
+                if isinstance(error, WorkerLostError) and channel and channel.stalled:
+                    error = stalled_error(channel.stalled, channel.workers)
     raise bare(error)
 
 

@@ -146,6 +146,7 @@ class Evaluation:
                 self._batch_end(output, batch, batch_idx, index)
             if keep:
                 kept.append(_to_cpu(output) if predicting else detached(output))
+            state.eval_batches += 1
             if refresh.due():
                 parts.output.progress(state, batch_idx + 1, total, None)
         metrics.place = EPOCH_EVAL

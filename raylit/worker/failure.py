@@ -70,7 +70,7 @@ def pack(error: BaseException, world: World) -> WorkerFailure:
 
 def user_frames(error: BaseException) -> tuple[tuple[str, int, str, str], ...]:
     """The frames of the user's own files, outermost first; where there are none, the last three of all."""
-    inside = _library_folders()
+    inside = library_folders()
     frames = [
         (frame.filename, frame.lineno or 0, frame.name, (frame.line or "").strip())
         for frame in traceback.extract_tb(error.__traceback__)
@@ -82,7 +82,7 @@ def user_frames(error: BaseException) -> tuple[tuple[str, int, str, str], ...]:
     return tuple(own[-_FRAMES_KEPT:])
 
 
-def _library_folders() -> tuple[str, ...]:
+def library_folders() -> tuple[str, ...]:
     """Folders whose frames say nothing about the user's code. Only modules already loaded are looked up."""
     folders = {sysconfig.get_path("stdlib"), str(Path(__file__).resolve().parents[1])}
     for name in ("torch", "ray"):
