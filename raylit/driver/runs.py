@@ -16,7 +16,6 @@ from torch import nn
 from raylit.assemble import RunSpec, check_strategy, metrics_as_floats, pick_device, strategy_name
 from raylit.callback import Callback
 from raylit.callbacks.configuring import configured
-from raylit.callbacks.configuring import configured
 from raylit.checkpoint import check_weights, read, write
 from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
