@@ -48,6 +48,10 @@ class TrainBatch:
         step = over_devices(parts, step, join=step_end is None, training=True)
         self.over = step if isinstance(step, OverDevices) else None  # the batch is split over devices
         step = step if step_end is None else _then(step, step_end)
+        self._several = parts.state.world.world_size > 1
+        # Sequences may be of other lengths on other ranks; where nothing is averaged in backward nobody waits.
+        self._even_out = bool(split_size) and self._several and not manual and bool(plan.optimizers)
+        step = _skips_nothing(step) if self._even_out else step
         self._step = parts.strategy.wrap_training_step(
             parts.module, step, optimizers=len(plan.optimizers), manual=manual
         )
@@ -101,6 +105,8 @@ class TrainBatch:
         hiddens: Any = None
         if self._split is not None:
             splits = self._split(batch, self._split_size)
+            if self._even_out:
+                splits = self._as_many_on_all_ranks(splits)
             self._metrics.place = SPLIT_TRAIN
         for split in splits:
             given = hiddens
@@ -128,6 +134,12 @@ class TrainBatch:
         if self._late_update and self.stepped:
             self._precision.update()
         return collected
+
+    def _as_many_on_all_ranks(self, splits: Sequence[Any]) -> list[Any]:
+        """Add empty splits up to the number of the rank that has most: it would wait for this one's gradients."""
+        count = torch.tensor(float(len(splits)))  # on the CPU: asking must not wait for the device
+        most = int(self._strategy.collective.all_reduce(count, "max").item())
+        return [*splits, *[None] * (most - len(splits))]
 
     def begin_epoch(self, accumulate: int) -> None:
         """Take the epoch's number of batches in a group, and the parameters that were added to optimizers meanwhile."""
@@ -306,6 +318,11 @@ class _Closure:
             return self._loss
         del mark  # before the new pass, or the old gradients take their memory beside the new ones
         return self._batch.recompute(self._passes, self._optimizer, self._batch_idx, self._index)
+
+
+def _skips_nothing(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A split of None: this rank's sequence is over, and another rank's goes on."""
+    return lambda split, *args: None if split is None else step(split, *args)
 
 
 def _then(step: Callable[..., Any], step_end: Callable[..., Any]) -> Callable[..., Any]:
