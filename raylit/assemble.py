@@ -286,6 +286,9 @@ def bind_transfer(
     An override of the DataModule's goes before the Module's.
     """
     names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    owners: list[tuple[Any, type]] = [(module, Module)]
+    if datamodule is not None:
+        owners.append((datamodule, DataModule))
     bound = {
         name: adapt(MODULE_HOOKS[name], getattr(owner, name), type(owner).__name__)
         for owner, base in owners
@@ -297,9 +300,6 @@ def bind_transfer(
         return None
     before, move, after = (bound.get(name) for name in names)
 
-    owners: list[tuple[Any, type]] = [(module, Module)]
-    if datamodule is not None:
-        owners.append((datamodule, DataModule))
     def transfer(batch: Any, dataloader_idx: int) -> Any:
         if before is not None:
             batch = before(batch, dataloader_idx)
