@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from raylit.callback import Callback
 from raylit.checkpoint import build_from_checkpoint
 from raylit.datamodule import DataModule
+from raylit.export import to_onnx, to_program, to_torchscript
 from raylit.module import Module
 from raylit.seed import seed_everything
+from raylit.summary import summarize
 from raylit.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 Module._build_from_checkpoint = staticmethod(build_from_checkpoint)
+Module._to_onnx, Module._to_torchscript, Module._to_program = to_onnx, to_torchscript, to_program
+Module._summarize = summarize
 
 LightningModule = Module
 LightningDataModule = DataModule

@@ -56,8 +56,12 @@ class Module(HyperparametersMixin, nn.Module):
     example_input_array: Any = None
     prepare_data_per_node: bool = False
     _run: ModuleRun | None = None
-    # Reads checkpoints for load_from_checkpoint; the package's root puts it here, since it stands a floor above.
+    # What stands a floor above, put here by the package's root: reading checkpoints, exports, the summary.
     _build_from_checkpoint: ClassVar[Callable[..., Any]]
+    _to_onnx: ClassVar[Callable[..., Any]]
+    _to_torchscript: ClassVar[Callable[..., Any]]
+    _to_program: ClassVar[Callable[..., Any]]
+    _summarize: ClassVar[Callable[..., Any]]
 
     # == the steps ===============================================================================================
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -250,8 +254,8 @@ class Module(HyperparametersMixin, nn.Module):
             run.log(name, value, *args, **kwargs)
 
     def print(self, *args: Any, sep: str = " ", end: str = "\n", **kwargs: Any) -> None:
-        """Print on global rank 0 only, above the progress bar."""
-        if self._run is None:
+        """Print on global rank 0 only, above the progress bar; straight to ``file`` where one is given."""
+        if self._run is None or (kwargs.get("file") is not None and self.global_rank == 0):
             print(*args, sep=sep, end=end, **kwargs)
         elif self.global_rank == 0:
             self._run.print(sep.join(str(arg) for arg in args) + end)
@@ -260,7 +264,7 @@ class Module(HyperparametersMixin, nn.Module):
         """Gather a tensor, or each of a nested collection, from all workers: a new leading dimension of world size."""
         if self._run is None:
             raise NotAttachedError("all_gather works while a run goes on: call it in a hook")
-        if group is not None:
+        if group is not None and group is not torch.distributed.group.WORLD:
             raise ConfigError("all_gather(group=...) is not supported: raylit gathers over all workers of the run")
         return self._run.all_gather(data, sync_grads)
 
@@ -286,9 +290,46 @@ class Module(HyperparametersMixin, nn.Module):
                              hparams_file: str | Path | None = None, **kwargs: Any) -> Any:  # fmt: skip
         """Build the Module from a checkpoint: its hyperparameters, overridden by ``kwargs``, then its weights.
 
-        ``checkpoint_path``: the file, its folder, a Ray ``Checkpoint``, or a Lightning file.
+        ``checkpoint_path``: the file, its folder, a URI of either, a Ray ``Checkpoint``, or a Lightning file.
+        ``map_location``: as in ``torch.load``; the CPU by default. ``strict=False``: what only the file or only the
+        Module has is left alone, and named in a warning. ``hparams_file``: YAML whose values go before the file's.
+        Raises CheckpointError where there is no checkpoint of this class, or one that holds more than data.
         """
         return cls._build_from_checkpoint(cls, checkpoint_path, map_location, strict, hparams_file, kwargs)
+
+    # == to other runtimes =======================================================================================
+    def to_onnx(self, file_path: str | Path, input_sample: Any = None, **kwargs: Any) -> Any:
+        """Write ``forward`` as an ONNX file.
+
+        ``input_sample``: what ``forward`` takes (a tuple by position, a dict by name); ``example_input_array`` where
+        not given. ``kwargs`` go to ``torch.onnx.export``. This and the other exports take evaluation mode, and leave
+        the Module as it was. Raises ConfigError without a sample, MissingDependencyError without ``raylit[onnx]``.
+        """
+        return self._to_onnx(file_path, input_sample, **kwargs)
+
+    def to_torchscript(self, file_path: str | Path | None = None, method: str = "script", example_inputs: Any = None,
+                       **kwargs: Any) -> Any:  # fmt: skip
+        """Compile ``forward`` (``"script"``), or record one call of it (``"trace"``); with a path, save it too.
+
+        ``example_inputs`` (for ``"trace"``) as ``input_sample`` of ``to_onnx``. torch deprecates TorchScript: prefer
+        ``export``. ``kwargs`` go to ``torch.jit.script`` or ``torch.jit.trace``. Raises ConfigError without a sample.
+        """
+        return self._to_torchscript(file_path, method, example_inputs, **kwargs)
+
+    def export(self, file_path: str | Path | None = None, example_inputs: Any = None, **kwargs: Any) -> Any:
+        """Return ``forward`` as a ``torch.export`` program; with a path (``.pt2``), save it too.
+
+        ``example_inputs`` as ``input_sample`` of ``to_onnx``. ``kwargs`` go to ``torch.export.export``, such as
+        ``dynamic_shapes`` for a batch size that may vary. Raises ConfigError without a sample.
+        """
+        return self._to_program(file_path, example_inputs, **kwargs)
+
+    def summarize(self, max_depth: int | str = 1) -> str:
+        """Return the layers and their sizes as text, also in and out of them with an ``example_input_array``.
+
+        ``max_depth``: levels of layers that get a row; -1 or Lightning's ``"full"`` for all, 0 for the totals alone.
+        """
+        return str(self._summarize({"top": 1, "full": -1}.get(str(max_depth), max_depth)))
 
     # == where it runs ===========================================================================================
     @property
@@ -343,11 +384,13 @@ class Module(HyperparametersMixin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Where the parameters lie; for a Module without any, where the run takes place."""
         first: Tensor | None = next(self.parameters(), None)
         if first is None:
             first = next(self.buffers(), None)
-        return torch.device("cpu") if first is None else first.device
+        if first is None:
+            return torch.device("cpu") if self._view is None else self._view._state.device
+        return first.device
 
     @property
     def dtype(self) -> torch.dtype:

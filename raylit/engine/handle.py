@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -190,7 +191,7 @@ class ModuleHandle:
             return type(data)(*(self.all_gather(value, sync_grads) for value in data))
         if isinstance(data, (list, tuple)):
             return type(data)(self.all_gather(value, sync_grads) for value in data)
-        if isinstance(data, (bool, int, float)):
+        if isinstance(data, (bool, int, float, np.ndarray)):
             data = torch.tensor(data)
         if not isinstance(data, Tensor):
             return data
@@ -211,7 +212,7 @@ class ModuleHandle:
             items["loss"] = self._train.loss.detach()
         version = getattr(self.trainer.logger, "version", None)
         if version is not None:
-            items["v_num"] = version
+            items["v_num"] = _short(version)
         items.update(self._parts.state.progress_bar_metrics)
         items.update(self._parts.metrics.step_metrics().progress_bar)  # newer than those of the last logged step
         return items
@@ -241,6 +242,11 @@ class _GatherWithGrad(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         summed = ctx.collective.all_reduce(grads[0].contiguous().to(ctx.collective.device), "sum")
         return summed[ctx.collective.rank].to(ctx.device), None
+
+
+def _short(version: int | str) -> int | str:
+    """What the bar has room for: of a run folder's name what follows its last dash, at most eight characters."""
+    return version if isinstance(version, int) or len(version) <= 8 else version.rsplit("-", 1)[-1][-8:]
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
