@@ -1,11 +1,15 @@
-"""Fixtures for every test: one thread a process, and one local Ray for the tests that need one."""
+"""Fixtures for every test: one thread a process, one local Ray and sets of processes for the tests that need them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.two_process.harness import Processes
 
 # Before torch or Ray is imported anywhere: two cores are shared by the driver and its workers, and libraries that
 # each start a thread per core make tests slow and their order of additions uncertain. Ray workers inherit these.
@@ -44,3 +48,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none here"))
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Callable[[int], Processes]]:
+    """``processes(2)``: two processes in one gloo group that run cases (tests/two_process/harness.py)."""
+    from tests.two_process.harness import Processes, here_on_path
+
+    here_on_path()
+    kept: dict[int, Processes] = {}
+    yield lambda world_size: kept.setdefault(world_size, Processes(world_size))
+    for each in kept.values():
+        each.close()
+
+
+@pytest.fixture
+def two(processes: Callable[[int], Processes]) -> Processes:
+    """Two processes."""
+    return processes(2)
+
+
+@pytest.fixture
+def three(processes: Callable[[int], Processes]) -> Processes:
+    """Three processes."""
+    return processes(3)
