@@ -6,11 +6,12 @@ caller's own process, on the caller's own objects.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,15 @@ from torch import Tensor
 
 from raylit.callback import Callback
 from raylit.callbacks.configuring import configured
-from raylit.checkpoint import apply, collect, load_weights
+from raylit.checkpoint import load_weights
+from raylit.checkpoint.ranks import for_rank
 from raylit.config.amounts import check_precision
 from raylit.config.trainer import TrainerConfig
 from raylit.data.batch import batch_size_of, split_time, to_device
 from raylit.datamodule import DataModule
 from raylit.engine.handle import ModuleHandle
-from raylit.engine.parts import Parts
+from raylit.engine.parts import Parts, Saved
+from raylit.engine.resume import epochs_done
 from raylit.engine.stages import StageResult, run_stage
 from raylit.errors import ConfigError
 from raylit.hooks import HookTable, adapt, overridden
@@ -36,7 +39,7 @@ from raylit.metrics.history import History
 from raylit.metrics.store import MetricStore
 from raylit.module import Module
 from raylit.plain import plain_entries
-from raylit.ports import Precision, Strategy
+from raylit.ports import Precision, RunSnapshot, Strategy
 from raylit.precision import make_precision
 from raylit.profilers import make_profiler
 from raylit.seed import seed_everything, set_random_state
@@ -48,6 +51,7 @@ from raylit.wire import Job, World
 from raylit.worker.loaders import Loaders
 from raylit.worker.output import RunOutput
 from raylit.worker.profiled import ProfiledRun
+from raylit.worker.save import save_checkpoint
 from raylit.worker.storage import files_of, local_folder
 
 if TYPE_CHECKING:
@@ -74,6 +78,7 @@ class RunSpec:
     epoch: int = 0  # where a fit begins; where the fit before an evaluation ended
     global_step: int = 0
     checkpoint: dict[str, Any] | None = None  # a loaded checkpoint to go on from
+    own_states: dict[int, dict[str, Any]] = field(default_factory=dict)  # its ranks' own parts
 
 
 @dataclass
@@ -84,7 +89,7 @@ class RunOutcome:
     result: StageResult
     module: Module
     callbacks: list[Callback]
-    checkpoint: dict[str, Any] | None = None
+    checkpoint: RunSnapshot | None = None
 
 
 def pick_device(world: World, use_gpu: bool | str) -> torch.device:
@@ -115,6 +120,10 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
     strategy = pick_strategy(fit.strategy, world, device, fit.sync_batchnorm)
     state.strategy_name = strategy.name
     precision = make_precision(fit.precision, device.type)
+    order_seed = spec.order_seed
+    if spec.checkpoint is not None and spec.stage is Stage.FIT:
+        # The samples' order is the saved run's, whatever this script has drawn from its generators.
+        order_seed = int((spec.checkpoint.get("raylit") or {}).get("order_seed", order_seed))
     if fit.automatic_optimization is not None:
         spec.module.automatic_optimization = fit.automatic_optimization
     if fit.prepare_data_per_node is not None:
@@ -139,23 +148,16 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         state=state, trainer=view, module=spec.module, datamodule=spec.datamodule, settings=fit,
         strategy=strategy, precision=precision, hooks=hooks, output=output,
         metrics=MetricStore(strategy.collective, device, batch_size_of, spec.module.named_modules),
-        loaders=Loaders(spec.loaders, spec.module, spec.datamodule, world, spec.order_seed,
+        loaders=Loaders(spec.loaders, spec.module, spec.datamodule, world, order_seed,
                         fit.use_distributed_sampler, bool(fit.overfit_batches)),
         transfer=bind_transfer(spec.module, spec.datamodule, device, precision),
-        move=to_device, split_time=split_time,
+        move=to_device, split_time=split_time, order_seed=order_seed,
     )  # fmt: skip
+    parts.on_save = checkpoint_hook(parts, "on_save_checkpoint")
+    parts.keeps_last = spec.stage is Stage.FIT and fit.enable_checkpointing
+    state.save = lambda path, weights_only: save_checkpoint(parts, path, weights_only)
     if spec.checkpoint is not None:
-        loaded = spec.checkpoint
-
-        def load() -> None:
-            checkpoint_hook(parts, "on_load_checkpoint")(loaded)
-            load_weights(loaded, spec.module)
-
-        parts.load = load
-        if spec.stage is Stage.FIT:
-            saved = spec.checkpoint
-            state.epoch, state.global_step = int(saved["epoch"]), int(saved["global_step"])
-            parts.resume = lambda fit_loop: apply(saved, state)
+        _go_on(parts, spec)
     if fit.enable_model_summary and world.global_rank == 0 and spec.stage is Stage.FIT and send is not None:
         from raylit.summary import summarize
 
@@ -164,13 +166,34 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
     with torch_settings(fit.deterministic, fit.benchmark):
         try:
             result = run_stage(parts, spec.stage)
-            checkpoint = None
-            if spec.stage is Stage.FIT and fit.enable_checkpointing and world.global_rank == 0:
-                checkpoint = collect(state, checkpoint_hook(parts, "on_save_checkpoint"))
         finally:
+            state.save = None
             output.finalize(state.status.value)
             strategy.teardown()
-    return RunOutcome(state, result, spec.module, spec.callbacks, checkpoint)
+    return RunOutcome(state, result, spec.module, spec.callbacks, result.last)
+
+
+def _go_on(parts: Parts, spec: RunSpec) -> None:
+    """Let the run go on from its checkpoint: a fit with everything, another stage with the weights."""
+    loaded, state, world = spec.checkpoint, parts.state, parts.state.world
+    assert loaded is not None
+
+    def load() -> None:
+        checkpoint_hook(parts, "on_load_checkpoint")(loaded)
+        load_weights(loaded, spec.module)
+
+    parts.load = load
+    if spec.stage is not Stage.FIT:
+        return
+    state.epoch, state.global_step = epochs_done(loaded), int(loaded["global_step"])
+    ranks = int((loaded.get("raylit") or {}).get("world_size", world.world_size))
+    own = for_rank(spec.own_states, world.global_rank, ranks, world.world_size)
+    parts.saved = Saved(loaded, own, ranks == world.world_size)
+    if ranks != world.world_size:
+        parts.output.note(
+            f"the checkpoint is of {ranks} worker{'s' * (ranks != 1)}, and this run has {world.world_size}: the order "
+            "of samples goes on, random numbers and the metrics of a half-done epoch begin anew"
+        )
 
 
 def _fill(state: RunState, spec: RunSpec, world: World, device: torch.device) -> None:
@@ -373,7 +396,8 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     departure = Departure.of(spec) if world.global_rank == 0 else None
     begun = files_of(spec.loggers) if world.global_rank == 0 else []  # two copies would overwrite one another
     with local_folder(spec.run_folder, spec.run_filesystem, begun) as spec.run_folder:
-        outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)
+        with watched(view._state, world, spec.config.fit.progress_timeout_s, channel):
+            outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)
     if spec.stage is Stage.FIT and spec.config.fit.enable_checkpointing and world.storage_path is not None:
         from raylit.worker.report import report_checkpoint
 
@@ -381,6 +405,24 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     if departure is None:
         return b""
     return pack(outcome, departure, view)
+
+
+@contextlib.contextmanager
+def watched(
+    state: RunState, world: World, timeout_s: float | None, channel: WorkerChannel | None
+) -> Iterator[None]:
+    """End this worker where it makes no progress; nothing without a time-out, or a driver that could be told."""
+    if timeout_s is None or channel is None:
+        yield
+        return
+    from raylit.worker.watch import ProgressWatch
+
+    watch = ProgressWatch(state, world, timeout_s, partial(channel.send, must_arrive=True))
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.close()
 
 
 def metrics_as_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -167,3 +167,12 @@ def _from_numpy(value: Any, path: str, around: list[int]) -> Any:
         return torch.from_numpy(native)
     except TypeError:  # text, objects, dates: what torch has no number format for
         return _value(native.tolist(), path, None, around)
+
+
+def is_faithful(value: Any) -> bool:
+    """Tell whether a file gives ``value`` back as it is: tensors and plain values in dicts, lists and tuples alone."""
+    if type(value) in (*_EXACT, Tensor, int):
+        return True
+    if type(value) is dict:
+        return all(type(key) in (str, int) and is_faithful(item) for key, item in value.items())
+    return type(value) in (list, tuple) and all(is_faithful(item) for item in value)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from raylit.stage import SafePoint
 
 
 class Collective(Protocol):
@@ -102,8 +105,9 @@ class Strategy(Protocol):
         """Return ``step`` for each device that shares a batch, in order; None where the batch stays whole."""
         ...
 
-    def wrap_training_step(self, module: nn.Module, step: Callable[..., Any], *, optimizers: int,
-                           manual: bool) -> Callable[..., Any]:
+    def wrap_training_step(
+        self, module: nn.Module, step: Callable[..., Any], *, optimizers: int, manual: bool
+    ) -> Callable[..., Any]:
         """Return what the engine calls as ``training_step``; under DDP the pass through it arms the reducer."""
         ...
 
@@ -125,6 +129,14 @@ class Strategy(Protocol):
 
     def end_group(self, optimizer_idx: int) -> None:
         """An optimizer has stepped: forget who took part in the group."""
+        ...
+
+    def group_state(self) -> list[Tensor | None]:
+        """Return what this rank knows of the group that is not done: a mark for each optimizer."""
+        ...
+
+    def load_group_state(self, marks: Sequence[Tensor | None]) -> None:
+        """Take back what ``group_state`` returned."""
         ...
 
     def teardown(self) -> None: ...
@@ -151,11 +163,22 @@ class RunLogger(Protocol):
     def finalize(self, status: str) -> None: ...
 
 
-class CheckpointSink(Protocol):
-    """Where the engine's checkpoints go (worker side)."""
+@dataclass(frozen=True)
+class RunSnapshot:
+    """A run's whole state at one moment: plain values, and tensors on the CPU that nobody else changes."""
 
-    def save(self, checkpoint: Mapping[str, Any], metrics: Mapping[str, float], name: str) -> None:
-        """Keep a checkpoint under ``name``; every rank calls it, rank 0's dictionary is the one kept."""
+    common: dict[str, Any]  # what ``model.ckpt`` holds, on rank 0; empty on the others
+    own: dict[str, Any]  # what is this rank's alone; docs/checkpoints.md
+
+
+class Checkpointer(Protocol):
+    """Decides when checkpoints are kept, and keeps them (worker side). Every rank asks it, at the same points."""
+
+    def safe_point(self, point: SafePoint, take: Callable[[], RunSnapshot]) -> None:
+        """The whole state is at hand; ``take`` copies it. Every rank must call ``take``, or none.
+
+        Called after each batch: the common answer, that nothing is due, must come at once and without a collective.
+        """
         ...
 
 
@@ -167,6 +190,16 @@ class LoaderLike(Protocol):
     equal_steps: bool
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None: ...
+
+    def batches_from(self, start_sample: int) -> int | None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the position does not say, of this rank; plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], within: bool) -> None:
+        """Take back what ``state_dict`` returned. ``within``: the next walk goes on in the middle of that one."""
+        ...
 
     def __iter__(self) -> Any: ...
 

@@ -41,3 +41,16 @@ class Status(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+class SafePoint(str, Enum):
+    """Where a fit's whole state is at hand, so that a checkpoint of it goes on exactly."""
+
+    BATCH = "batch"  # a training batch and all that follows it is done; no validation was due
+    VALIDATION = "validation"  # the same, after a validation within the epoch or at its end
+    EPOCH = "epoch"  # an epoch and its hooks are done
+    END = "end"  # training is over, on_train_end has run
+    INTERRUPT = "interrupt"  # training was interrupted between two batches
+
+    def __str__(self) -> str:
+        return self.value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -97,6 +98,7 @@ class Trainer(TrainerView):
         # First line: locals() holds the arguments and nothing else yet.
         given = {key: value for key, value in locals().items() if key not in ("self", "unknown", "__class__")}
         super().__init__(RunState())
+        self._last_checkpoint: Any = None  # of the last fit
         failed: ConfigError | None = None
         try:
             self._config = parse_trainer_args(**given, **unknown)
@@ -175,6 +177,19 @@ class Trainer(TrainerView):
         except Exception as error:
             failed = faults.for_caller(error)
         raise failed
+
+    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool = False) -> None:
+        """In a hook: write the run's state as it stands (``TrainerView.save_checkpoint``). After a fit: what it left.
+
+        After a fit the file has the state at its end, to go on from with ``fit(ckpt_path=)``; the weights alone, with a
+        warning, where the fit kept no checkpoint. RaylitError before the first run.
+        """
+        if self._state.save is not None:
+            super().save_checkpoint(path, weights_only)
+            return
+        from raylit.driver import saved
+
+        saved.save_checkpoint(self, path, weights_only)
 
     # -- checks --------------------------------------------------------------------------------------------------
     def _check_model(self, model: Any, entry: str) -> Module:

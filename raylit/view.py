@@ -6,6 +6,7 @@ in a worker, and the base of the ``Trainer`` that the caller holds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from raylit.callback import Callback
     from raylit.datamodule import DataModule
     from raylit.module import Module
+    from raylit.ports import RunSnapshot
 
 
 @dataclass
@@ -60,6 +62,10 @@ class RunState:
     history: Any = None
     # In a fit: the latest step values of the loop that runs, by reference; asked only when someone reads metrics.
     live_metrics: Callable[[], Any] | None = None
+    # In a run: copies its state; the argument says whether to take the weights alone. Every rank calls it.
+    take: Callable[[bool], RunSnapshot] | None = None
+    # In a run: writes a checkpoint to a path. Every rank calls it.
+    save: Callable[[str, bool], None] | None = None
     # In a fit: runs training_step over this worker's training data and changes nothing but the layers' own statistics.
     replay: Callable[[], int] | None = None
 
@@ -273,9 +279,17 @@ class TrainerView:
         return history.table() if hasattr(history, "table") else history
 
     # -- requests ------------------------------------------------------------------------------------------------
-    def save_checkpoint(self, path: str, weights_only: bool = False) -> None:
-        """Write a checkpoint of the run as it stands; on several workers all ranks must call it."""
-        raise RaylitError("save_checkpoint works while a run goes on: call it in a hook")
+    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool = False) -> None:
+        """Write a checkpoint of the run as it stands: now, in one file; on several workers all ranks must call it.
+
+        ``path``: the file, or a folder that is there (it gets ``model.ckpt``), or a URI of ``pyarrow.fs``; rank 0
+        writes it. ``weights_only``: without what only training needs. From ``on_train_batch_end`` and validation's
+        hooks on, a fit goes on from it to the bit; what a hook within a batch or at the epoch's end saves begins that
+        batch, or those hooks, anew: docs/checkpoints.md. RaylitError outside a run.
+        """
+        if self._state.save is None:
+            raise RaylitError("save_checkpoint works while a run goes on: call it in a hook")
+        self._state.save(os.fspath(path), weights_only)
 
     def pass_over_training_data(self) -> int:
         """Call ``training_step`` once with each of this worker's training batches; return how many they were.

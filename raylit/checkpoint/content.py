@@ -6,6 +6,7 @@ The keys are Lightning's, so that each library's ``load_from_checkpoint`` reads 
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,8 @@ def apply_optimizers(checkpoint: Mapping[str, Any], state: RunState) -> None:
             )
         for index, (each, own) in enumerate(zip(objects, saved, strict=True)):
             try:
-                each.load_state_dict(own)
+                # A copy: schedulers take entries out of what they are given, and a resume gives it twice.
+                each.load_state_dict(copy.deepcopy(own) if what == "lr_schedulers" else dict(own))
             except (ValueError, KeyError) as error:
                 name = type(each).__name__
                 raise CheckpointError(
@@ -110,8 +112,8 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
     missing = [key for key in ("optimizer_states", "lr_schedulers", "epoch", "global_step") if key not in checkpoint]
     if missing:
         raise CheckpointError(
-            f"the checkpoint has no {', '.join(missing)}: it holds weights only, and a fit cannot go on from it. To begin "
-            "a new fit with these weights, build the Module with Module.load_from_checkpoint(path)"
+            f"the checkpoint has no {', '.join(missing)}: it holds weights only, and a fit cannot go on from it. To "
+            "begin a new fit with these weights, build the Module with Module.load_from_checkpoint(path)"
         )
 
 

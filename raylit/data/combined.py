@@ -50,6 +50,15 @@ class CombinedLoader:
         left = [_Part(part, self._epoch, self._share(part, start_sample)).left_of_first for part in parts]
         return max(left)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return each loader's, by key."""
+        return {"loaders": [part.state_dict() for part in self.loaders.values()]}
+
+    def load_state_dict(self, state: Mapping[str, Any], within: bool) -> None:
+        """Take back what ``state_dict`` returned."""
+        for part, saved in zip(self.loaders.values(), state["loaders"]):
+            part.load_state_dict(saved, within)
+
     def _share(self, part: PreparedLoader, start_sample: int) -> int:
         return start_sample * part.samples_per_step // self.samples_per_step
 

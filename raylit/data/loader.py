@@ -35,8 +35,8 @@ _TRAINING = {"train": True, "sanity": False, "validate": False, "validation": Fa
 class PreparedLoader(Protocol):
     """One rank's loader. A position in an epoch is ``start_sample``, which counts what all ranks consumed together.
 
-    After k steps from ``start_sample`` s the position is s + k * ``samples_per_step``. It is all that a checkpoint
-    keeps of a loader, next to the epoch and the process's random state.
+    After k steps from ``start_sample`` s the position is s + k * ``samples_per_step``. A checkpoint keeps it next to
+    the epoch, the process's random state, and what the user's own objects keep themselves (``stateful``).
     """
 
     source: Any  # the user's object
@@ -51,6 +51,12 @@ class PreparedLoader(Protocol):
 
     def batches_from(self, start_sample: int) -> int | None:
         """Batches of this rank from a position to the epoch's end; None if unknown."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the position does not say: states that the user's loader, sampler or data set keep themselves."""
+
+    def load_state_dict(self, state: Mapping[str, Any], within: bool) -> None:
+        """Take back what ``state_dict`` returned. ``within``: the next walk goes on in the middle of that one."""
 
     def __iter__(self) -> Iterator[Any]:
         """Walk this rank's batches. The iterator is ready on return, whatever it draws at random drawn."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader
@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from raylit.data.order import DrawnOrder, order_of
 from raylit.data.rebuild import rebuilt
 from raylit.data.sampler import ShardedBatchSampler, ShardedItemSampler
+from raylit.data.stateful import Stateful
 from raylit.data.streams import WorkerSeeds
 from raylit.errors import DataError
 
@@ -43,6 +44,24 @@ class MapLoader:
     def batches_from(self, start_sample: int) -> int:
         """Batches from ``start_sample`` to the epoch's end, on this rank."""
         return self.sampler.length_from(start_sample)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether persistent workers have been started, and the states of the user's sampler and data set."""
+        state: dict[str, Any] = {"started": self._seeds is not None and self._seeds.started}
+        order = self.sampler.order.state_dict()
+        if order:
+            state["order"] = order
+        if isinstance(self.source.dataset, Stateful):
+            state["dataset"] = self.source.dataset.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], within: bool) -> None:
+        """Take back what ``state_dict`` returned; the position itself is ``set_epoch``'s."""
+        if self._seeds is not None:
+            self._seeds.started = bool(state.get("started"))
+        self.sampler.order.load_state_dict(state.get("order") or {})
+        if "dataset" in state and isinstance(self.source.dataset, Stateful):
+            self.source.dataset.load_state_dict(state["dataset"])
 
     def __iter__(self) -> Iterator[Any]:
         # Torch's own iterator is returned: no frame of ours in a step. It is made here, not at the first batch, so

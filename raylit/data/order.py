@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from raylit.data.rng import FOR_ORDER, mix_seed, seeded
+from raylit.data.stateful import Stateful
 from raylit.errors import DataError
 
 
@@ -36,6 +37,13 @@ class Order(ABC):
     @abstractmethod
     def draw(self, epoch: int) -> Items:
         """Return the items of ``epoch`` (from 0)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the seed and the epoch do not say; empty where they say it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what ``state_dict`` returned."""
 
 
 class Items(Protocol):
@@ -104,6 +112,7 @@ class DrawnOrder(Order):
         self._limit = limit
         self._name = name
         self._drawn: tuple[int, list[Any]] | None = None  # loader workers make torch ask twice for the same epoch
+        self._before: dict[str, Any] = {}  # a stateful sampler's state before that was drawn
 
     def __len__(self) -> int:
         try:
@@ -114,9 +123,28 @@ class DrawnOrder(Order):
     def draw(self, epoch: int) -> Items:
         return self._draw(epoch)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sampler's own state from before the last epoch was drawn, so that it can be drawn again."""
+        if not isinstance(self._sampler, Stateful):
+            return {}
+        if self._drawn is None:
+            return {"epoch": -1, "before": self._sampler.state_dict()}
+        return {"epoch": self._drawn[0], "before": self._before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Draw the saved epoch again from the saved state; the epochs after it follow from that."""
+        if not state or not isinstance(self._sampler, Stateful):
+            return
+        self._drawn = None
+        self._sampler.load_state_dict(dict(state["before"]))
+        if state["epoch"] >= 0:
+            self._draw(state["epoch"])
+
     def _draw(self, epoch: int) -> list[Any]:
         if self._drawn is not None and self._drawn[0] == epoch:
             return self._drawn[1]
+        if isinstance(self._sampler, Stateful):
+            self._before = self._sampler.state_dict()
         parts = [self._sampler]
         inner = getattr(self._sampler, "sampler", None)  # a batch sampler's own source of indices
         if inner is not None:

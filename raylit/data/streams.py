@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from raylit.data.order import HasEpoch
 from raylit.data.rebuild import rebuilt
 from raylit.data.rng import FOR_LOADER_WORKERS, mix_seed
 from raylit.data.sampler import num_blocks, rank_blocks
+from raylit.data.stateful import load_states, states, walked
 from raylit.errors import DataError
 
 
@@ -45,6 +46,8 @@ class StreamLoader:
         self._begun = False
         self._epoch = 0
         self._name = name
+        self._stateful = walked(batches)
+        self._placed = False  # the user's objects stand at the position themselves
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """Tell samplers and data set the epoch; the next walk begins at ``start_sample``, rounded down to a step."""
@@ -64,8 +67,23 @@ class StreamLoader:
             return None
         return max(0, self.num_batches - start_sample // self.samples_per_step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states by which the user's objects say where the walk stands."""
+        return states(self._stateful)
+
+    def load_state_dict(self, state: Mapping[str, Any], within: bool) -> None:
+        """Let the user's objects go on from their states: nothing is then read and dropped."""
+        if not state or not self._stateful:
+            return
+        load_states(self._stateful, dict(state))
+        self._placed = within
+        if not within:
+            # The walk that the state is of was given up at the epoch's end; the next one begins anew.
+            iter(self._batches)
+
     def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
+        skip, self._skip = 0 if self._placed else self._skip, 0
+        self._placed = False
         iterator = iter(self._batches)
         if iterator is self._batches:
             if self._begun:
@@ -88,6 +106,15 @@ class SeededStreamLoader(StreamLoader):
         super().__init__(source, batches, **place)
         self._seeds = seeds
 
+    def state_dict(self) -> dict[str, Any]:
+        """Also whether persistent workers have been started."""
+        return {**super().state_dict(), "started": self._seeds.started}
+
+    def load_state_dict(self, state: Mapping[str, Any], within: bool) -> None:
+        """Take back what ``state_dict`` returned."""
+        super().load_state_dict({key: value for key, value in state.items() if key != "started"}, within)
+        self._seeds.started = bool(state.get("started"))
+
     def __iter__(self) -> Iterator[Any]:
         self._seeds.prepare(self._epoch)
         return super().__iter__()
@@ -106,14 +133,14 @@ class WorkerSeeds:
         self._rank = rank
         self._draws = loader.generator is None  # else the draw was from the user's generator, which we leave alone
         self._persistent = loader.persistent_workers
-        self._started = False
+        self.started = False
 
     def prepare(self, epoch: int) -> None:
         """Call right before the DataLoader's iterator is made."""
         self.generator.manual_seed(mix_seed(self._seed, epoch, FOR_LOADER_WORKERS, self._rank))
         # Persistent workers are started once in a run: a resumed run starts them again, but must not draw again.
-        first = not self._started and epoch == 0
-        self._started = True
+        first = not self.started and epoch == 0
+        self.started = True
         if self._draws and (first or not self._persistent):
             torch.empty((), dtype=torch.int64).random_()
 
@@ -139,6 +166,13 @@ class SequenceLoader:
     def batches_from(self, start_sample: int) -> int:
         """Batches from batch ``start_sample`` to the epoch's end, on this rank."""
         return num_blocks(len(self.source), 1, *self._rule, start_sample, self._training)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position says it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], within: bool) -> None:
+        """There is nothing to take."""
 
     def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0

@@ -16,7 +16,9 @@ from torch import nn
 from raylit.assemble import RunSpec, check_strategy, metrics_as_floats, pick_device, strategy_name
 from raylit.callback import Callback
 from raylit.callbacks.configuring import configured
-from raylit.checkpoint import check_weights, read, write
+from raylit.checkpoint import check_weights, read
+from raylit.checkpoint.content import check_resumable
+from raylit.checkpoint.ranks import read_ranks
 from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
@@ -31,6 +33,7 @@ from raylit.stage import Stage, Status
 from raylit.travel import Homecoming, pack_spec, receive, unpack, with_gpu
 from raylit.wire import Job, World
 from raylit.worker.loaders import HOOK
+from raylit.worker.report import write_snapshot
 from raylit.worker.storage import files_of, is_remote, local_folder
 
 if TYPE_CHECKING:
@@ -46,16 +49,24 @@ def fit(trainer: Trainer, model: Module, loaders: Loaders, datamodule: DataModul
     check_before_fit(trainer, model, callbacks, loaders, datamodule)
     placement = trainer._config.placement
     checkpoint = load_checkpoint(ckpt_path, model, callbacks, datamodule)
+    own_states = {}
+    if checkpoint is not None:
+        check_resumable(checkpoint)
+        own_states = read_ranks(ckpt_path, checkpoint)
     keeps = trainer._config.fit.fast_dev_run == 0
     run_folder = folders.claim(placement, type(model).__name__) if keeps else None
     spec = describe(trainer, Stage.FIT, model, loaders, datamodule, callbacks, run_folder)
-    spec.checkpoint = checkpoint
+    spec.checkpoint, spec.own_states = checkpoint, own_states
+    trainer._last_checkpoint = None
     with shown(trainer, first=True) as display, folders.kept_if_used(run_folder):
         if placement.in_process:
-            return _fit_here(trainer, spec, display)
+            local = _fit_here(trainer, spec, display)
+            trainer._last_checkpoint = local.checkpoint
+            return local
         launched = _launch(trainer, spec, display, run_folder)
         home = unpack(launched.outcome)
         come_home(trainer, home, model, callbacks)
+        trainer._last_checkpoint = launched.result.checkpoint
         metrics = metrics_as_floats(home.metrics["callback"])
         path = {} if keeps else {"path": None}  # what was there is gone
         return dataclasses.replace(launched.result, metrics=metrics, return_value=None, **path)
@@ -105,7 +116,7 @@ def _run_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> Any:
             spec.run_folder = folder
             outcome = run(spec, World(), trainer, display.event, trainer._config.placement.use_gpu)
             if outcome.checkpoint is not None and folder is not None:
-                write(outcome.checkpoint, os.path.join(folder, _CHECKPOINT))
+                write_snapshot(outcome.checkpoint, os.path.join(folder, _CHECKPOINT))
             return outcome
     finally:
         spec.run_folder = trainer._state.log_dir = run_folder

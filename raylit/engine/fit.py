@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from raylit.checkpoint.content import apply
 from raylit.config.amounts import batches
 from raylit.engine.decide import (
     epochs_reached,
@@ -42,15 +43,17 @@ from raylit.engine.decide import (
 from raylit.engine.evaluate import Evaluation, Refresh
 from raylit.engine.handle import ModuleHandle
 from raylit.engine.outputs import EpochOutputs, batch_result
-from raylit.engine.parts import Parts
+from raylit.engine.parts import Parts, Saved
 from raylit.engine.replay import replay
+from raylit.engine.resume import Position, restore, take
 from raylit.engine.step import TrainBatch
+from raylit.engine.walk import NOTHING, Walk
 from raylit.errors import DataError, OptimizerError
 from raylit.metrics.place import BATCH_TRAIN, EPOCH_TRAIN, NO_EPOCH
 from raylit.optim.plan import OptimPlan, SchedulerPlan, parse_optimizers, scheduler_due
-from raylit.ports import LoaderLike
+from raylit.ports import LoaderLike, RunSnapshot
 from raylit.seed import get_random_state, set_random_state
-from raylit.stage import Loop
+from raylit.stage import Loop, SafePoint
 
 _STOP_POLL_BATCHES = 20  # several workers agree on a request to stop this often, and at each epoch's end
 
@@ -65,7 +68,13 @@ class Fit:
         self._sanity = Evaluation(parts, Loop.SANITY)
         self._val_loaders: list[LoaderLike] = []
         self._batches_done = 0  # since training began
-        self._stop_now = self._ended = False
+        self._epoch_base = 0  # of these, before the epoch that runs
+        self._walk: Walk | None = None
+        self._half: Position | None = None  # of a half-done epoch that a checkpoint goes on with
+        self._stop_now = self._cut = False  # the latter: a hook ended the epoch
+        self._left: RunSnapshot | None = None  # the state at a stop in the middle of an epoch
+        self.last: RunSnapshot | None = None  # the state at the end, where it is wanted
+        self.outputs: EpochOutputs | None = None
         self._deadline: float | None = None
         own, event = parts.hooks.own, parts.hooks.event
         self._batch_start, self._batch_end = event("on_train_batch_start"), event("on_train_batch_end")
@@ -82,32 +91,134 @@ class Fit:
         self._handle.begin_training(self.plan, self._train)
         parts.metrics.place = NO_EPOCH
         self._call("on_pretrain_routine_start")
-        if parts.resume is not None:
-            parts.resume(self)
+        if parts.saved is not None:
+            apply(parts.saved.common, state)
         self._call("on_pretrain_routine_end")
         self._loader = parts.loaders.train()
         self._set_length()
         if self._validation.possible:
             self._val_loaders = parts.loaders.evaluation("validate")
         state.validates = bool(self._val_loaders) and parts.settings.val_batch_limit != 0
-        self._sanity_check()
+        if parts.saved is None:
+            self._sanity_check()
         if parts.settings.max_time_s is not None:
             self._deadline = time.monotonic() + parts.settings.max_time_s
         parts.output.stage_start(state)
         state.live_metrics = parts.metrics.step_metrics
         state.replay = lambda: replay(parts, self._epoch_batches(), self._train.without_logging)
+        state.take = lambda weights_only: take(self, at_safe_point=False, weights_only=weights_only)
         self._call("on_train_start")
+        if parts.saved is not None:
+            self._take_up(parts.saved)
         previous = torch.is_anomaly_enabled()
         torch.autograd.set_detect_anomaly(previous or parts.settings.detect_anomaly)
         try:
-            while self._total != 0 and not self._done():  # 0: limit_train_batches leaves nothing to train on
-                outputs = self._begin_epoch()
-                self._batches(outputs)
-                self._end_epoch(outputs)
+            # 0: limit_train_batches leaves nothing to train on. A half-done epoch is brought to its end in any case.
+            while self._total != 0 and (self._half is not None or not self._done()):
+                self.outputs = self._begin_epoch()
+                self._batches(self.outputs)
+                self._end_epoch(self.outputs)
+                if parts.checkpointer is not None and self._left is None:
+                    parts.checkpointer.safe_point(SafePoint.EPOCH, self._take)
         finally:
             torch.autograd.set_detect_anomaly(previous)
         parts.metrics.place = NO_EPOCH
         self._call("on_train_end")
+        if parts.checkpointer is not None:
+            parts.checkpointer.safe_point(SafePoint.END, self._take_last)
+        if parts.keeps_last:
+            self._take_last()
+
+    # -- the whole state -----------------------------------------------------------------------------------------
+    def _take(self) -> RunSnapshot:
+        return take(self, at_safe_point=True)
+
+    def _take_last(self) -> RunSnapshot:
+        """The state to go on from: of a stop in the middle of an epoch, as it was before the epoch was closed."""
+        self.last = self.last or self._left or self._take()
+        return self.last
+
+    def _stop_within(self, last: bool) -> None:
+        """Training stops after this batch: keep the state, unless the epoch ends here anyway."""
+        if not last and (self._parts.keeps_last or self._parts.checkpointer is not None):
+            self._left = self._take()
+
+    @property
+    def parts(self) -> Parts:
+        """What the run consists of."""
+        return self._parts
+
+    @property
+    def train(self) -> TrainBatch:
+        """What runs the batches."""
+        return self._train
+
+    def position(self, at_safe_point: bool) -> Position:
+        """Where the fit stands; ``at_safe_point``: all that follows the last batch is done."""
+        state, metrics = self._parts.state, self._parts.metrics
+        done = self._batches_done - self._epoch_base
+        position = Position(
+            total_batches=self._batches_done, groups=self._train.groups_done, stepped=list(self._train.stepped),
+            steps_of=list(self._steps_of),
+        )  # fmt: skip
+        if done and self._walk is not None:
+            position.batches, position.samples = done, self._walk.samples(done)
+            whole = state.batch_idx < done  # else a batch is under way, which a resume runs anew
+            position.complete = self._cut or (whole and self._walk.complete(done))
+            if not at_safe_point and whole:
+                if state.loop is Loop.VALIDATION and metrics.running != Loop.TRAIN.value:
+                    position.unfinished = "validation"
+                elif state.loop is Loop.TRAIN and metrics.place is BATCH_TRAIN:
+                    position.unfinished = "log"
+        return position
+
+    def loader_states(self) -> dict[str, Any]:
+        """What loaders keep beside the position."""
+        return {"train": self._loader.state_dict(), "validate": [each.state_dict() for each in self._val_loaders]}
+
+    def looked_up_batch(self) -> Any:
+        """The batch that was loaded ahead of its step; None where there is none."""
+        return None if self._walk is None or self._walk.ahead is NOTHING else self._walk.ahead
+
+    def _take_up(self, saved: Saved) -> None:
+        """Go on from a checkpoint: at an epoch's start at once, within one when its loader is opened."""
+        position = Position.of(saved, len(self.plan.optimizers))
+        self._batches_done, self._steps_of = position.total_batches, position.steps_of
+        self._train.groups_done, self._train.stepped = position.groups, position.stepped
+        if position.batches and not saved.same_ranks:  # in this run's batches, of other sizes
+            position.batches = -(-position.samples // self._loader.samples_per_step)
+        if position.batches:
+            self._half = position
+            return
+        self._load_loaders(saved, within=False)
+        restore(self, saved)
+
+    def _load_loaders(self, saved: Saved, within: bool) -> None:
+        states = (saved.own or {}).get("loaders")
+        if states is not None:
+            self._loader.load_state_dict(states["train"], within)
+            for loader, state in zip(self._val_loaders, states["validate"]):
+                loader.load_state_dict(state, False)
+
+    def _open(self, half: Position | None) -> Walk:
+        """Open the epoch's loader; for a half-done epoch, put everything as it was at this point."""
+        parts = self._parts
+        collective = parts.strategy.collective if self._several else None
+        self._cut, self._walk = False, Walk(self._loader, self._total, self._known, collective)
+        if half is None:
+            self._walk.open(parts.state.epoch)
+            return self._walk
+        assert parts.saved is not None
+        self._load_loaders(parts.saved, within=not half.complete)
+        if half.complete:
+            self._walk.over(half.batches, half.samples)
+        else:
+            ahead = (parts.saved.own or {}).get("next_batch")
+            self._walk.open(parts.state.epoch, half.batches, half.samples, NOTHING if ahead is None else ahead["value"])
+        restore(self, parts.saved)  # now: making the iterator has drawn random numbers
+        self._train.stepped, self._cut = half.stepped, half.complete
+        parts.state.batch_idx, parts.metrics.place = half.batches - 1, BATCH_TRAIN
+        return self._walk
 
     # -- before the first batch ----------------------------------------------------------------------------------
     def _optimizers(self) -> OptimPlan:
@@ -179,7 +290,9 @@ class Fit:
             self._loader = parts.loaders.train()
             self._val_loaders = parts.loaders.evaluation("validate") if self._validation.possible else []
             self._set_length()
-        self._steps_before = state.global_step
+        self._steps_before = state.global_step if self._half is None else -1
+        self._epoch_base = self._batches_done - (0 if self._half is None else self._half.batches)
+        state.batch_idx = -1
         state.loop = Loop.TRAIN
         metrics.begin(Loop.TRAIN.value)
         metrics.place = EPOCH_TRAIN
@@ -223,7 +336,7 @@ class Fit:
         self._check_that_something_stepped()
         parts.output.loop_end(state, Loop.TRAIN, logged.callback)
         state.epoch += 1
-        state.loop = None
+        state.loop, self._epoch_base, self.outputs = None, self._batches_done, None
 
     def _check_that_something_stepped(self) -> None:
         """Tell of an epoch without a step; an error where only ``max_steps`` limits the run, which would never end."""
@@ -258,13 +371,13 @@ class Fit:
         step_schedulers = any(plan.interval == "step" for plan in self.plan.schedulers)
         poll = 1 if not self._several else _STOP_POLL_BATCHES
         timed = self._deadline is not None
-        self._loader.set_epoch(state.epoch)
-        # Where the number is known nothing is looked up ahead, and not one batch too many is loaded.
-        final = self._total - 1 if self._known and self._total is not None else -2
-        batches_of_epoch = zip(range(final + 1), self._loader) if final > -2 else self._looked_ahead()
-        batch_idx, self._ended = -1, False
-        for batch_idx, batch in batches_of_epoch:
-            last = batch_idx == final or self._ended
+        half, self._half = self._half, None
+        walk, checkpointer = self._open(half), parts.checkpointer
+        final, batch_idx = walk.final, walk.first - 1
+        if half is not None:
+            self._finish_batch(half, log_every, validate)
+        for batch_idx, batch in walk if not self._stop_now else ():
+            last = batch_idx == final or walk.ended
             state.batch_idx = batch_idx
             if transfer is not None:
                 batch = transfer(batch, 0)
@@ -272,6 +385,7 @@ class Fit:
             metrics.place = BATCH_TRAIN
             if batch_start is not None and batch_start(batch, batch_idx, 0) == -1:
                 train.drop_group()
+                self._cut = True
                 break
             done = last or (batch_idx + 1) % accumulate == 0
             if manual:
@@ -286,6 +400,7 @@ class Fit:
                 state.global_step += 1
                 if step_schedulers:
                     self._step_due(stepped)
+            self._batches_done += 1
             if collected is not None:
                 if outputs is not None:
                     outputs.add(collected)
@@ -295,17 +410,20 @@ class Fit:
                 self._log_step()
             if refresh is not None and refresh.due():
                 output.progress(state, batch_idx + 1, self._total, train.loss)
-            self._batches_done += 1
-            if validate and self._validation_due(batch_idx, last):
+            validated = validate and self._validation_due(batch_idx, last)
+            if validated:
                 self._validate()
+            if checkpointer is not None:
+                checkpointer.safe_point(SafePoint.VALIDATION if validated else SafePoint.BATCH, self._take)
             if state.global_step == state.max_steps:
                 self._stop_now = True
             elif (state.stop_requested or timed or self._several) and (batch_idx + 1) % poll == 0:
                 self._ask_to_stop()
             if self._stop_now:
+                self._stop_within(last)
                 break
         else:
-            if batch_idx < final:
+            if batch_idx < final and not self._stop_now:
                 raise DataError(
                     f"the training loader said that it has {final + 1} batches and gave {batch_idx + 1}; "
                     "its __len__ must be the number of batches that it yields"
@@ -313,37 +431,24 @@ class Fit:
         if batch_idx < 0:
             raise DataError("the training loader gave no batch; look at its data set, batch_size and drop_last")
 
+    def _finish_batch(self, half: Position, log_every: int, validate: bool) -> None:
+        """Do what was still to come after the last batch when its checkpoint was taken, in a hook."""
+        state = self._parts.state
+        stepped = self._train.stepped or not self._parts.module.automatic_optimization
+        if half.unfinished == "log" and log_every and stepped and state.global_step % log_every == 0:
+            self._log_step()
+        if half.unfinished and validate and self._validation_due(half.batches - 1, half.complete):
+            self._validate()
+        if steps_reached(state.global_step, state.max_steps):
+            self._stop_now = True
+            self._stop_within(half.complete)
+
     def _epoch_batches(self) -> Iterator[tuple[int, Any]]:
         """All batches of an epoch with their index, for whoever passes over them once more."""
-        self._loader.set_epoch(self._parts.state.epoch)
-        if self._known and self._total is not None:
-            return zip(range(self._total), self._loader)
-        return self._looked_ahead()
-
-    def _looked_ahead(self) -> Iterator[tuple[int, Any]]:
-        """Yield batches of an unknown number with their index; ``_ended`` is set when the last one is out.
-
-        One batch is looked up ahead, and several workers agree before each batch that all of them have one, since DDP
-        would wait for ever for a rank that has run out.
-        """
-        total, iterator = self._total, iter(self._loader)
-        count, current = 0, next(iterator, self)
-        if total == 0 or not self._all_have(current is not self):
-            return
-        while True:
-            following = next(iterator, self) if total is None or count + 1 < total else self
-            self._ended = not self._all_have(following is not self)
-            yield count, current
-            if self._ended:
-                return
-            current, count = following, count + 1
-
-    def _all_have(self, mine: bool) -> bool:
-        if not self._several:
-            return mine
-        collective = self._parts.strategy.collective
-        flag = torch.tensor(1.0 if mine else 0.0)
-        return bool(collective.all_reduce(flag, "min").item())
+        collective = self._parts.strategy.collective if self._several else None
+        walk = Walk(self._loader, self._total, self._known, collective)
+        walk.open(self._parts.state.epoch)
+        return iter(walk)
 
     def _validation_due(self, batch_idx: int, last: bool) -> bool:
         every = self._parts.settings.check_val_every_n_epoch

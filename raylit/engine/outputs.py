@@ -82,6 +82,14 @@ class EpochOutputs:
             if splits:
                 collected.append(splits if self._splits else splits[0])
 
+    def state(self) -> list[list[Any]]:
+        """What was added so far, for a checkpoint in the middle of the epoch."""
+        return self._per_optimizer
+
+    def load_state(self, state: list[list[Any]]) -> None:
+        """Go on from what ``state`` returned."""
+        self._per_optimizer = [list(collected) for collected in state]
+
     def result(self) -> list[Any]:
         """What the epoch-end hooks are given."""
         return self._per_optimizer[0] if len(self._per_optimizer) == 1 else self._per_optimizer

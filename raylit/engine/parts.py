@@ -13,7 +13,7 @@ from raylit.datamodule import DataModule
 from raylit.hooks import HookTable
 from raylit.metrics.store import MetricStore
 from raylit.module import Module
-from raylit.ports import LoaderLike, Precision, Strategy
+from raylit.ports import Checkpointer, LoaderLike, Precision, Strategy
 from raylit.stage import Loop
 from raylit.view import RunState, TrainerView
 
@@ -45,6 +45,20 @@ class LoaderSource(Protocol):
 
 
 @dataclass
+class Saved:
+    """A loaded checkpoint, as one rank goes on from it."""
+
+    common: dict[str, Any]
+    own: dict[str, Any] | None = None  # None: none was saved, or by another number of ranks
+    same_ranks: bool = True
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What raylit adds to Lightning's keys; empty in a file of Lightning's."""
+        return self.common.get("raylit") or {}
+
+
+@dataclass
 class Parts:
     """Everything the loops need. Nothing here is replaced while a run goes on."""
 
@@ -67,8 +81,16 @@ class Parts:
     split_time: Callable[[Any, int], list[Any]] | None = None
     # loads a checkpoint's weights, once setup and configure_model have made every layer
     load: Callable[[], None] | None = None
-    # a stop that only this rank knows of (signal, preemption); asked where all ranks agree on stopping
-    resume: Callable[[Any], None] | None = None
+    # the checkpoint that a fit goes on from
+    saved: Saved | None = None
+    # seed of the epochs' orders; a checkpoint keeps it
+    order_seed: int = 0
+    # on_save_checkpoint of everyone
+    on_save: Callable[[dict[str, Any]], None] | None = None
+    # asked at every safe point; None where nobody keeps checkpoints while the run goes on
+    checkpointer: Checkpointer | None = None
+    # the state at the end is wanted
+    keeps_last: bool = False
     # each submodule's mode before the evaluation that runs
     modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
 

@@ -22,9 +22,11 @@ from raylit.engine.evaluate import Evaluation, in_dataset_order
 from raylit.engine.fit import Fit
 from raylit.engine.handle import ModuleHandle
 from raylit.engine.parts import Parts
+from raylit.engine.resume import take_weights
 from raylit.errors import DataError, HookError
 from raylit.hooks import DATAMODULE_HOOKS, adapt
 from raylit.metrics.place import NO_EPOCH
+from raylit.ports import RunSnapshot
 from raylit.stage import Loop, Stage, Status
 
 _LOOP = {Stage.VALIDATE: Loop.VALIDATION, Stage.TEST: Loop.TEST, Stage.PREDICT: Loop.PREDICT}
@@ -36,6 +38,7 @@ class StageResult:
 
     metrics: list[dict[str, Tensor]] = field(default_factory=list)
     predictions: list[list[Any]] | None = None
+    last: RunSnapshot | None = None  # the state at the end of a fit, where it is wanted
 
 
 def run_stage(parts: Parts, stage: Stage) -> StageResult:
@@ -47,6 +50,7 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
         parts.datamodule.trainer = parts.trainer
     state.stage, state.status, state.stop_requested = stage, Status.RUNNING, False
     parts.metrics.place = NO_EPOCH
+    state.take = lambda weights_only: take_weights(parts, weights_only)  # a fit knows more, once it has optimizers
     try:
         if stage is Stage.FIT:
             _event(parts, "on_fit_start")
@@ -55,8 +59,9 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
         if stage is Stage.FIT:
             if not module.training:
                 module.train()  # else each submodule keeps the mode the person gave it
-            Fit(parts, handle).run()
-            result = StageResult()
+            fit = Fit(parts, handle)
+            fit.run()
+            result = StageResult(last=fit.last)
         else:
             result = _evaluate(parts, stage)
         _teardown(parts, stage)
@@ -73,7 +78,7 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
             on_exception(error)
         raise
     finally:
-        state.loop, state.live_metrics, state.replay = None, None, None
+        state.loop, state.live_metrics, state.replay, state.take = None, None, None, None
         handle.restore()
         module.__dict__.pop("_run", None)
         if parts.datamodule is not None:

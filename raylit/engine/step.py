@@ -13,7 +13,7 @@ compares it with None and goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from raylit.checkpoint.ranks import placed, put_back
 from raylit.engine.anomaly import NonFinite
 from raylit.engine.devices import OverDevices, over_devices
 from raylit.engine.outputs import check_loss, detached, kept, loss_of
@@ -157,6 +158,23 @@ class TrainBatch:
         if self._end_group is not None:
             for index in range(len(self._plan.optimizers)):
                 self._end_group(index)
+
+    def group_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the accumulation group that is not done, on this rank."""
+        return {
+            "took_part": list(self._took_part),
+            "objective": placed(self._objective),
+            "passes": placed(self._group),  # their batches, which only a closure needs again
+        }
+
+    def load_group_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``group_state`` returned, as far as it is there."""
+        self._took_part = list(state["took_part"])
+        if "objective" in state:
+            self._objective = put_back(state["objective"], self._strategy.device)
+        if "passes" in state:
+            passes = put_back(state["passes"], self._strategy.device)
+            self._group = [[(split, *rest) for split, *rest in lane] for lane in passes]
 
     # -- the pass ------------------------------------------------------------------------------------------------
     def _pass(self, split: Any, batch_idx: int, index: int, hiddens: Any, sync: bool) -> Any:

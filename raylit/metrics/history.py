@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from raylit.errors import CheckpointError
@@ -109,16 +111,19 @@ class History:
         """The file holds this many rows: a copy of :meth:`readable` was written."""
         self._written = max(self._written, rows)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position (``rows``), and the rows since the last :meth:`write_parquet` in full."""
+    def state_dict(self, whole: bool = False) -> dict[str, Any]:
+        """Return the position (``rows``), and the rows since the last :meth:`write_parquet` in full, as tensors.
+
+        ``whole``: every row, for a checkpoint that may be read where the file is not: 16 bytes a value.
+        """
         self._drain()
-        start = self._written
+        start = 0 if whole else self._written
         tail = {}
         for name, (rows, values) in self._columns.items():
-            kept = [(row, value) for row, value in zip(rows, values) if row >= start]
-            tail[name] = {"rows": [row for row, _ in kept], "values": [value for _, value in kept]}
-        return {"version": 1, "rows": len(self), "start": start, "epochs": self._epochs[start:].tolist(),
-                "steps": self._steps[start:].tolist(), "columns": tail}  # fmt: skip
+            first = bisect_left(rows, start)  # rows are in order
+            tail[name] = {"rows": _tensor(rows[first:], torch.int64), "values": _tensor(values[first:], torch.float64)}
+        return {"version": 1, "rows": len(self), "start": start, "epochs": _tensor(self._epochs[start:], torch.int64),
+                "steps": _tensor(self._steps[start:], torch.int64), "columns": tail}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> None:
         """Go back to a position: earlier rows from the Parquet file, the rest from the state.
@@ -133,12 +138,12 @@ class History:
         if path is not None and os.path.exists(path):
             self._read(os.fspath(path), start)
             offset = 0
-        self._epochs.extend(state["epochs"])
-        self._steps.extend(state["steps"])
+        self._epochs.extend(state["epochs"].tolist())
+        self._steps.extend(state["steps"].tolist())
         for name, column in state["columns"].items():
             rows, values = self._columns.setdefault(name, (array("q"), array("d")))
-            rows.extend(row - offset for row in column["rows"])
-            values.extend(column["values"])
+            rows.extend((column["rows"] - offset).tolist())
+            values.extend(column["values"].tolist())
 
     def _read(self, path: str, count: int) -> None:
         import pyarrow.parquet as pq
@@ -153,3 +158,7 @@ class History:
             if kept:
                 self._columns[name] = (array("q", (r for r, _ in kept)), array("d", (v for _, v in kept)))
         self._written = count
+
+
+def _tensor(values: array[Any], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values.tolist(), dtype=dtype)

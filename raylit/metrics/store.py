@@ -179,10 +179,18 @@ class MetricStore:
         self._frames.clear()
         self._enter(NO_EPOCH, 0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the running values of all open loops: plain values and references to tensors, for exact resuming."""
+    @property
+    def running(self) -> str | None:
+        """The loop whose values are being collected; None between loops."""
+        return self._frames[-1].loop if self._frames else None
+
+    def state_dict(self, open_loops: int | None = None) -> dict[str, Any]:
+        """Return the running values of open loops: plain values and references to tensors, for exact resuming.
+
+        ``open_loops``: of so many only, the outermost first; None: of all.
+        """
         frames = []
-        for frame in self._frames:
+        for frame in self._frames[:open_loops]:
             slots = []
             for slot in frame.slots.values():
                 if slot.metric is not None and not slot.metric_path:

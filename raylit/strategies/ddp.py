@@ -168,6 +168,16 @@ class DDP:
         if self._step is not None:
             self._step.took_part[optimizer_idx].grad = None
 
+    def group_state(self) -> list[Tensor | None]:
+        """Return each optimizer's mark: this rank's losses since the last step."""
+        return [] if self._step is None else [mark.grad for mark in self._step.took_part]
+
+    def load_group_state(self, marks: Sequence[Tensor | None]) -> None:
+        """Take back what ``group_state`` returned."""
+        if self._step is not None:
+            for mark, saved in zip(self._step.took_part, marks):
+                mark.grad = None if saved is None else saved.to(mark.device)
+
     def reduce_gradients(self, optimizer: Optimizer) -> None:
         """Average the gradients of ``optimizer``'s parameters over the workers, in few large messages.
 

@@ -59,5 +59,12 @@ class SingleDevice:
     def end_group(self, optimizer_idx: int) -> None:
         """Nothing to forget."""
 
+    def group_state(self) -> list[torch.Tensor | None]:
+        """There is nothing to know."""
+        return []
+
+    def load_group_state(self, marks: Sequence[torch.Tensor | None]) -> None:
+        """There is nothing to know."""
+
     def teardown(self) -> None:
         """Nothing to close."""

@@ -1,0 +1,82 @@
+"""The batches of one training epoch, on this rank: from the start, or from where a checkpoint stands. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from raylit.ports import Collective, LoaderLike
+
+NOTHING: Any = object()
+
+
+class Walk:
+    """One walk over the training loader. ``open`` it, then iterate: (index in the epoch, batch).
+
+    ``final``: index of the last batch; -2 where the number is not known. Then one batch is looked up ahead, and
+    several workers agree before each batch that all of them have one, since DDP would wait for ever for a rank that has
+    run out. ``ended``: of such a walk, the last batch is out.
+    """
+
+    def __init__(self, loader: LoaderLike, total: int | None, known: bool, collective: Collective | None) -> None:
+        """``total``: batches of an epoch, where known or limited. ``collective``: None for one worker."""
+        self._loader, self._total, self._collective = loader, total, collective
+        # Where the number is known nothing is looked up ahead, and not one batch too many is loaded.
+        self.final = total - 1 if known and total is not None else -2
+        self.ended = False
+        self.first = 0
+        self.ahead: Any = NOTHING  # the batch that was looked up
+        self._start = 0
+        self._iterator: Iterator[Any] = iter(())
+
+    def open(self, epoch: int, first: int = 0, start: int = 0, ahead: Any = NOTHING) -> None:
+        """Go to batch ``first`` of the epoch. What the iterator draws at random is drawn when this returns.
+
+        ``start``: samples of the epoch that all ranks have consumed. ``ahead``: the batch ``first`` itself, where the
+        checkpoint holds it.
+        """
+        self.first, self._start = first, start
+        if first and self.final != -2:
+            left = self._loader.batches_from(start)
+            self.final = self.final if left is None else min(self.final, first + left - 1)
+        self._loader.set_epoch(epoch, start if ahead is NOTHING else start + self._loader.samples_per_step)
+        self._iterator = iter(self._loader)
+        if self.final == -2:
+            self.ahead = next(self._iterator, NOTHING) if ahead is NOTHING else ahead
+
+    def over(self, first: int, start: int) -> None:
+        """Stand at the end of an epoch of ``first`` batches, without opening the loader."""
+        self.first, self._start, self.ended = first, start, True
+        self.final = first - 1 if self.final != -2 else -2
+
+    def samples(self, batches_done: int) -> int:
+        """The position of all ranks together after so many batches of the epoch."""
+        return self._start + (batches_done - self.first) * self._loader.samples_per_step
+
+    def complete(self, batches_done: int) -> bool:
+        """Tell whether the epoch has no batch after these."""
+        return batches_done > self.final if self.final != -2 else self.ended
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return zip(range(self.first, self.final + 1), self._iterator) if self.final > -2 else self._looked_ahead()
+
+    def _looked_ahead(self) -> Iterator[tuple[int, Any]]:
+        count, current = self.first, self.ahead
+        if self.ended or self._total == 0 or not self._all_have(current is not NOTHING):
+            return
+        while True:
+            more = self._total is None or count + 1 < self._total
+            self.ahead = next(self._iterator, NOTHING) if more else NOTHING
+            self.ended = not self._all_have(self.ahead is not NOTHING)
+            yield count, current
+            if self.ended:
+                return
+            current, count = self.ahead, count + 1
+
+    def _all_have(self, mine: bool) -> bool:
+        if self._collective is None:
+            return mine
+        flag = torch.tensor(1.0 if mine else 0.0)
+        return bool(self._collective.all_reduce(flag, "min").item())
