@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from raylit.engine.parts import Parts
 from raylit.engine.step import TrainBatch
@@ -105,15 +105,22 @@ class ModuleHandle:
             watch.check_gradients(self._parts.state.batch_idx)
 
     def manual_step(self, optimizer: Optimizer, force: bool, closure: Callable[[], Any] | None) -> Any:
-        """Step and zero at the end of an accumulation group, or always where ``force`` says so."""
+        """Step and zero at the end of an accumulation group, or always where ``force`` says so.
+
+        An override of ``optimizer_step`` gets the managed optimizer, whose ``step`` clips and counts, and ``closure``.
+        """
         if not force and not self._group_done:
             return None
-        index = self._index(optimizer)
-        result = self.step_managed(index, closure)
-        before = self._parts.hooks.event("on_before_zero_grad")
-        if before is not None:
-            before(self._plan.optimizers[index])
-        self._plan.optimizers[index].zero_grad()
+        index, train, state = self._index(optimizer), self._train, self._parts.state
+        assert train is not None  # there is an optimizer, so training has begun
+        override = self._parts.hooks.own("optimizer_step")
+        if override is None:
+            result = self.step_managed(index, closure)
+        else:
+            managed, given = self._managed[index], closure or _no_pass
+            lbfgs, scaled = isinstance(managed, LBFGS), self._parts.precision.scaled
+            result = override(state.epoch, state.batch_idx, managed, index, given, False, scaled, lbfgs)
+        train.zero_grad(self._plan.optimizers[index], state.batch_idx, index)
         return result
 
     def step_managed(self, index: int, closure: Callable[[], Any] | None) -> Any:
@@ -123,7 +130,7 @@ class ModuleHandle:
         """
         self._refuse_in_a_part("an optimizer's step")
         parts, optimizer = self._parts, self._plan.optimizers[index]
-        if closure is None:
+        if closure is None or closure is _no_pass:
             self._ready(index)
             step = optimizer.step
             result = parts.precision.step(optimizer, step) if parts.precision.scaled else step()
@@ -154,8 +161,8 @@ class ModuleHandle:
         before = parts.hooks.event("on_before_optimizer_step")
         if before is not None:
             before(optimizer, index)
-        if parts.settings.gradient_clip_val is not None:
-            self.clip_gradients(optimizer, None, None)
+        if self._train is not None:
+            self._train.clip(optimizer, index)
 
     def _closed(self, index: int, closure: Callable[[], Any]) -> Any:
         """Call the person's closure; return its loss averaged over the workers, so that all ranks search alike."""
@@ -247,6 +254,10 @@ class _GatherWithGrad(torch.autograd.Function):
 def _short(version: int | str) -> int | str:
     """What the bar has room for: of a run folder's name what follows its last dash, at most eight characters."""
     return version if isinstance(version, int) or len(version) <= 8 else version.rsplit("-", 1)[-1][-8:]
+
+
+def _no_pass() -> None:
+    """The closure of an ``optimizer_step`` override in manual optimisation, where backward was called before."""
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -236,25 +236,27 @@ class TrainBatch:
         if self._before_step is not None:
             self._before_step(optimizer, index)
         if self._clip_val is not None or self._clip_override is not None:
-            self._clip(optimizer, index)
+            self.clip(optimizer, index)
         if self._closures[index]:
             self._step_with_closure(optimizer, batch_idx, index)
         elif self._scaled:
             self._precision.step(optimizer, optimizer.step)
         else:
             optimizer.step()
-        self._zero_grad(optimizer, batch_idx, index)
+        self.zero_grad(optimizer, batch_idx, index)
         if self._end_group is not None:
             self._end_group(index)
         self.stepped.append(index)
 
-    def _clip(self, optimizer: Optimizer, index: int) -> None:
+    def clip(self, optimizer: Optimizer, index: int) -> None:
+        """Clip the optimizer's gradients as the Trainer or the Module's override says."""
         if self._clip_override is not None:
             self._clip_override(optimizer, index, self._clip_val, self._clip_algorithm)
         elif self._clip_val is not None:
             clip_gradients(optimizer, self._clip_val, self._clip_algorithm)  # type: ignore[arg-type]
 
-    def _zero_grad(self, optimizer: Optimizer, batch_idx: int, index: int) -> None:
+    def zero_grad(self, optimizer: Optimizer, batch_idx: int, index: int) -> None:
+        """Zero the optimizer's gradients, with the hooks around it."""
         if self._before_zero is not None:
             self._before_zero(optimizer)
         if self._zero_override is None:
@@ -283,7 +285,7 @@ class TrainBatch:
 
     def recompute(self, passes: list[Pass], optimizer: Optimizer, batch_idx: int, index: int) -> Tensor | None:
         """Compute the group's passes anew from zeroed gradients; return the group's loss."""
-        self._zero_grad(optimizer, batch_idx, index)
+        self.zero_grad(optimizer, batch_idx, index)
         total: Tensor | None = None
         # An optimizer may call its closure with gradients off. What the pass logs was logged by the first one: an
         # epoch's value counts each batch once.
@@ -294,7 +296,7 @@ class TrainBatch:
         if self._scaled:
             self._precision.unscale(optimizer)
         if self._clip_val is not None or self._clip_override is not None:
-            self._clip(optimizer, index)
+            self.clip(optimizer, index)
         return self._agreed(total)
 
     def _add(self, total: Tensor | None) -> Tensor | None:
