@@ -18,7 +18,8 @@ from raylit.hooks import CALLBACK_HOOKS, MODULE_HOOKS
 from tests.unit.engine.small import quiet
 
 HERE = Path(__file__).parent
-# Not in section 4: how batches travel, loaders, what runs on the driver, and hooks of things that are off here.
+# Not in fit.txt and its like: how batches travel and loaders (batch_travel.txt), what runs on the driver, and hooks of
+# things that are off here.
 LEFT_OUT = {
     "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "train_dataloader",
     "val_dataloader", "test_dataloader", "predict_dataloader", "configure_callbacks", "get_progress_bar_dict",
@@ -66,7 +67,7 @@ class Plain(raylit.Module):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def recording(base: type, hooks: Any, owner: str, entries: list[str]) -> type:
+def recording(base: type, hooks: Any, owner: str, entries: list[str], left_out: Any = LEFT_OUT) -> type:
     """A subclass of ``base`` that notes every hook of ``hooks`` and then does what ``base`` does."""
 
     def note(name: str) -> Any:
@@ -78,7 +79,7 @@ def recording(base: type, hooks: Any, owner: str, entries: list[str]) -> type:
 
         return hook
 
-    return type("Recording", (base,), {name: note(name) for name in hooks if name not in LEFT_OUT})
+    return type("Recording", (base,), {name: note(name) for name in hooks if name not in left_out})
 
 
 @pytest.fixture
@@ -124,8 +125,11 @@ def test_predict(trainer, module, entries):
 def test_no_hook_of_the_contract_is_missing_from_the_files():
     """Each hook stands in some file, so that none can be lost from the order unseen."""
     found = {entry.split()[0].split("[")[0] for path in HERE.glob("*.txt") for entry in golden(path.stem)}
-    # on_exception is tested where exceptions are; a scheduler's step in the engine's tests.
-    assert {*MODULE_HOOKS, *CALLBACK_HOOKS} - LEFT_OUT - {"on_exception", "lr_scheduler_step"} == found
+    elsewhere = {
+        "on_exception", "lr_scheduler_step", "test_dataloader", "predict_dataloader", "configure_callbacks",
+        "get_progress_bar_dict", "on_save_checkpoint", "on_load_checkpoint",
+    }  # fmt: skip
+    assert {*MODULE_HOOKS, *CALLBACK_HOOKS} - elsewhere == found
 
 
 STEP_HOOKS = (
@@ -187,3 +191,22 @@ def test_accumulation(tmp_path, entries):
 
     quiet(tmp_path, accumulate_grad_batches=2).fit(indexed(One, entries)(), data(3))
     assert entries == golden("accumulation")
+
+
+TRAVEL = (
+    "prepare_data", "setup", "teardown", "configure_model", "configure_optimizers", "train_dataloader",
+    "val_dataloader", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
+    "on_train_batch_start", "on_train_batch_end", "training_step", "on_validation_batch_start", "validation_step",
+    "on_validation_batch_end",
+)  # fmt: skip
+
+
+def test_loaders_late_layers_and_the_way_of_a_batch(tmp_path, entries):
+    class Net(Plain):
+        def train_dataloader(self) -> Any:
+            return data(1)
+
+        val_dataloader = train_dataloader
+
+    quiet(tmp_path, num_sanity_val_steps=1).fit(recording(Net, TRAVEL, "M", entries, ())())
+    assert entries == golden("batch_travel")

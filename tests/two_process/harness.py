@@ -156,7 +156,7 @@ class Ran:
 
 def run_here(
     module: Any, loaders: Any = None, *, stage: str = "fit", rank: int = 0, world_size: int = 1, val: Any = None,
-    datamodule: Any = None, callbacks: Any = (), order_seed: int = 0, checkpoint: Any = None, **arguments: Any,
+    datamodule: Any = None, callbacks: Any = (), order_seed: int = 0, checkpoint: Any = None, nodes: int = 1, **arguments: Any,
 ) -> Ran:  # fmt: skip
     """Run one stage in this process as the given rank, past the driver: what a Ray worker does."""
     from raylit.assemble import RunSpec, run
@@ -178,7 +178,8 @@ def run_here(
         Stage(stage), config, module, datamodule=datamodule, loaders=passed, callbacks=list(callbacks),
         order_seed=order_seed, checkpoint=checkpoint,
     )  # fmt: skip
-    world = World(global_rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size)
+    each = world_size // nodes
+    world = World(rank, rank % each, rank // each, world_size, local_world_size=each)
     view, events = WorkerTrainer(RunState()), list[dict[str, Any]]()
     outcome = run(spec, world, view, events.append, False)
     return Ran(outcome, module, view, events)
