@@ -127,6 +127,8 @@ class Evaluation:
         loader.set_epoch(0)
         kept: list[Any] = []
         refresh = Refresh(parts.output.refresh_s)
+        told = self._loop in (Loop.VALIDATION, Loop.TEST) and parts.output.wants_steps
+        log_every = parts.settings.log_every_n_steps if told else 0
         for batch_idx, batch in enumerate(_first(loader, total)):
             if transfer is not None:
                 batch = transfer(batch, index)
@@ -147,10 +149,19 @@ class Evaluation:
             if keep:
                 kept.append(_to_cpu(output) if predicting else detached(output))
             state.eval_batches += 1
+            if log_every and (batch_idx + 1) % log_every == 0:
+                self._log_step()
             if refresh.due():
                 parts.output.progress(state, batch_idx + 1, total, None)
         metrics.place = EPOCH_EVAL
         return kept
+
+    def _log_step(self) -> None:
+        """Give the loggers the step values that were asked for with ``on_step=True``; this rank's own."""
+        taken = self._parts.metrics.take_step_metrics()
+        if taken:
+            self._parts.state.logged_metrics.update(taken)
+            self._parts.output.step_metrics(self._parts.state, taken)
 
 
 class Refresh:

@@ -322,7 +322,7 @@ class Fit:
             ended(collected)
         self._call("on_epoch_end")
         metrics.sync_steps()
-        steps = metrics.step_metrics()  # the last step's values stay to be read
+        steps = metrics.step_metrics(graphs=False)  # the last step's values stay to be read
         state.callback_metrics.update(steps.callback)
         state.progress_bar_metrics.update(steps.progress_bar)
         logged = metrics.end()
@@ -463,7 +463,7 @@ class Fit:
     def _log_step(self) -> None:
         parts, state = self._parts, self._parts.state
         parts.metrics.sync_steps()
-        shown = parts.metrics.step_metrics()
+        shown = parts.metrics.step_metrics(graphs=False)
         state.callback_metrics.update(shown.callback)
         state.progress_bar_metrics.update(shown.progress_bar)
         taken = parts.metrics.take_step_metrics()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raylit.errors import LogError
-from raylit.metrics.fused import Agreement, Reduced, reduce_alone
+from raylit.metrics.fused import Agreement, Entry, Reduced, reduce_alone
 from raylit.metrics.parts import PartsLog
 from raylit.metrics.place import NO_EPOCH, Place
 from raylit.metrics.reduce import CHUNK, parse_reduction
@@ -113,14 +113,18 @@ class MetricStore:
             # Not in evaluation: there the ranks' numbers of batches may differ, and a collective would hang.
             self._agreement.sync_steps("train", self._frames[-1].slots)
 
-    def step_metrics(self) -> Metrics:
-        """Return the latest step values of the present loop, by reference. Nothing waits for the device."""
+    def step_metrics(self, graphs: bool = True) -> Metrics:
+        """Return the latest step values of the present loop, by reference. Nothing waits for the device.
+
+        Without ``graphs``, once the step is done, they no longer hold what ``enable_graph`` kept.
+        """
         metrics = Metrics.empty()
         for slot in self._frames[-1].slots.values() if self._frames else ():
             value = slot.last if slot.last is not None else slot.shown
             if slot.on_step and value is not None:
                 name, _ = key_names(slot.key, slot.suffix, slot.settings)
-                _place(metrics, slot.settings, [name], name, _as_tensor(value))
+                tensor = _as_tensor(value)
+                _place(metrics, slot.settings, [name], name, tensor if graphs else tensor.detach())
         return metrics
 
     def take_step_metrics(self) -> dict[str, Tensor]:
@@ -130,7 +134,7 @@ class MetricStore:
             if slot.on_step and slot.last is not None:
                 slot.shown, slot.last = slot.last, None
                 if slot.settings.logger:
-                    taken[key_names(slot.key, slot.suffix, slot.settings)[0]] = _as_tensor(slot.shown)
+                    taken[key_names(slot.key, slot.suffix, slot.settings)[0]] = _as_tensor(slot.shown).detach()
         return taken
 
     def end(self) -> Metrics:
@@ -157,6 +161,8 @@ class MetricStore:
         themselves follows in :meth:`end`.
         """
         frame = self._frames[-1]
+        if frame.is_settled:  # by a checkpoint after the last batch
+            return _readable(list(frame.settled.values()))
         logged = {key: slot for key, slot in frame.slots.items() if slot.settings.in_batch}
         frame.settled = {each.entry.key: each for each in self._reduce(frame, logged, "")}
         frame.is_settled = True
@@ -199,7 +205,8 @@ class MetricStore:
                 states = metric_states(slot.metric, to_cpu=False) if slot.metric is not None else None
                 slots.append(slot.state_dict(states))
             frames.append({"loop": frame.loop, "num_dataloaders": frame.num_dataloaders, "batches": frame.batches,
-                           "sized": frame.sized, "samples": frame.samples, "slots": slots})  # fmt: skip
+                           "sized": frame.sized, "samples": frame.samples, "slots": slots,
+                           "settled": list(frame.settled.values()) if frame.is_settled else None})  # fmt: skip
         return {"version": 1, "frames": frames}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -215,6 +222,10 @@ class MetricStore:
                     if slot.metric is not None:
                         load_metric_states(slot.metric, slot_state["metric_states"])
                 frame.slots[slot.key] = slot
+            if saved.get("settled") is not None:
+                frame.is_settled = True
+                frame.settled = {key: Reduced(Entry(key, suffix, Settings(*settings), *rest), value)
+                                 for (key, suffix, settings, *rest), value in saved["settled"]}  # fmt: skip
             self._frames.append(frame)
 
     # -- called by Module.log ------------------------------------------------------------------------------------------

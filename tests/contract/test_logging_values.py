@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylit
-from tests.two_process.harness import Processes, Ran, run_here
+from tests.two_process.harness import Processes, run_here
 
 on_workers = pytest.mark.parametrize("workers", [1, 2, 3])
 COUNT = 11
@@ -329,8 +329,6 @@ def test_metrics_are_dicts_of_tensors_on_every_worker(processes: Any, workers: i
         assert set(bar) == {"loss_step", "loss_epoch", "val"}
     for key in ("loss", "loss_epoch", "loss_step", "val"):
         assert len({callback[key] for callback, _, _ in results}) == 1, key
-
-
 
 
 def nan_case(rank: int, world_size: int) -> dict[str, float]:
