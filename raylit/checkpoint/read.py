@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import pathlib
+import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -134,10 +135,11 @@ def _plain_types_allowed() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Torch's reason without its advice to load whatever it is."""
-    for line in str(error).splitlines():
-        if "Unsupported global: GLOBAL" in line:
-            name = line.split("GLOBAL ", 1)[1].split()[0]
-            return f"it asks for {name}, which is not let through, since loading it could run code"
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if asked is not None:
+        return f"it asks for {asked[1]}, which is not let through, since loading it could run code"
+    if "weights_only" in str(error).lower():
+        return "it is no file of torch.save's, or holds objects"
     return _first_line(error)
 
 

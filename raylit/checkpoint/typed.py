@@ -33,10 +33,10 @@ def as_annotated(value: Any, hint: Any) -> Any:
         return next((each for each in changed if each is not value), value)
     if typing.get_origin(hint) is typing.Annotated:
         return as_annotated(value, typing.get_args(hint)[0])
-    if not isinstance(hint, type) or isinstance(value, hint):
+    if not isinstance(hint, type):
         return value
     if issubclass(hint, enum.Enum):
-        return _member(hint, value)
+        return value if isinstance(value, hint) else _member(hint, value)
     if issubclass(hint, pathlib.PurePath) and isinstance(value, str):
         return hint(value)
     if hint is argparse.Namespace and isinstance(value, Mapping):
