@@ -1,4 +1,4 @@
-"""Section 3 and 4: what is around the loops, in every entry point: prepare_data, setup, teardown, callbacks, endings."""
+"""Sections 3 and 4: what is around the loops of every entry point, from prepare_data to the endings."""
 
 from __future__ import annotations
 
@@ -276,8 +276,11 @@ class Fails(raylit.Callback):
         self.seen.append("teardown")
 
 
-@pytest.mark.parametrize("hook", ["on_fit_start", "prepare_data", "setup", "configure_optimizers", "training_step",
-                                  "validation_step", "on_validation_end", "training_epoch_end", "on_fit_end"])  # fmt: skip
+@pytest.mark.parametrize(
+    "hook",
+    ["on_fit_start", "prepare_data", "setup", "configure_optimizers", "training_step", "validation_step",
+     "on_validation_end", "training_epoch_end", "on_fit_end"],
+)  # fmt: skip
 def test_an_exception_in_any_hook_reaches_on_exception_once(tmp_path: Path, hook: str) -> None:
     def fails(self: Any, *args: Any) -> Any:
         raise LookupError(f"in {hook}")
