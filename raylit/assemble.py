@@ -39,7 +39,7 @@ from raylit.metrics.history import History
 from raylit.metrics.store import MetricStore
 from raylit.module import Module
 from raylit.plain import plain_entries
-from raylit.ports import Precision, RunSnapshot, Strategy
+from raylit.ports import Checkpointer, Precision, RunSnapshot, Strategy
 from raylit.precision import make_precision
 from raylit.profilers import make_profiler
 from raylit.seed import seed_everything, set_random_state
@@ -79,6 +79,7 @@ class RunSpec:
     global_step: int = 0
     checkpoint: dict[str, Any] | None = None  # a loaded checkpoint to go on from
     own_states: dict[int, dict[str, Any]] = field(default_factory=dict)  # its ranks' own parts
+    checkpointer: Checkpointer | None = None  # asked at every safe point of a fit
 
 
 @dataclass
@@ -154,6 +155,7 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         move=to_device, split_time=split_time, order_seed=order_seed,
     )  # fmt: skip
     parts.on_save = checkpoint_hook(parts, "on_save_checkpoint")
+    parts.checkpointer = spec.checkpointer
     parts.keeps_last = spec.stage is Stage.FIT and fit.enable_checkpointing
     state.save = lambda path, weights_only: save_checkpoint(parts, path, weights_only)
     if spec.checkpoint is not None:

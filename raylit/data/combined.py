@@ -108,9 +108,15 @@ class _Part:
             if not self.left_of_first and consumed:
                 # A short last step counts as a full one, since every loader takes the same number of steps.
                 self.passes, self._start = divmod(consumed, loader.num_batches * loader.samples_per_step)
+        # Between two passes: the next one is opened when it is asked for, as without a resume, since opening it draws.
+        self._between = self.passes > 0 and self._start == 0
+        self.passes -= self._between
         self._iterator: Iterator[Any] = iter(())
 
     def open(self) -> None:
+        if self._between:
+            self._between = False
+            return
         self._loader.set_epoch(self._epoch + self.passes * _PASS_STRIDE, self._start)
         self._iterator = iter(self._loader)
 

@@ -25,7 +25,7 @@ from raylit.engine.parts import Parts, Saved
 from raylit.plain import is_faithful, made_safe
 from raylit.ports import RunSnapshot
 from raylit.seed import seed_everything
-from raylit.stage import Stage
+from raylit.stage import Loop, Stage
 
 if TYPE_CHECKING:
     from raylit.engine.fit import Fit
@@ -69,6 +69,9 @@ def take(fit: Fit, *, at_safe_point: bool, weights_only: bool = False) -> RunSna
     """Copy the state of a fit; every rank calls it. ``at_safe_point``: nothing of the last batch is left to do."""
     parts, state = fit.parts, fit.parts.state
     position = fit.position(at_safe_point)
+    if position.complete and not position.unfinished and parts.metrics.running == Loop.TRAIN.value:
+        # Reductions that are the user's own callables come back with a call of log, and there is none to come.
+        parts.metrics.settle()
     first = state.world.global_rank == 0
     extra: dict[str, Any] = {
         "world_size": state.world.world_size,

@@ -146,6 +146,9 @@ class MetricStore:
         frame = self._frames[-1]
         left = {key: slot for key, slot in frame.slots.items() if not (frame.is_settled and slot.settings.in_batch)}
         reduced = [*frame.settled.values(), *self._reduce(frame, left, " hooks" if frame.is_settled else "")]
+        # In the order of the first calls, whether or not a part was reduced before: the history's columns follow it.
+        order = {key: index for index, key in enumerate(frame.slots)}
+        reduced.sort(key=lambda each: order.get(each.entry.key, len(order)))
         for slot in frame.slots.values():
             if slot.metric is not None:
                 slot.metric.reset()
