@@ -113,7 +113,8 @@ class EarlyStopping(Callback):
         current = agreed(module, value)
         best = float(self.best_score)
         if self._is_better(current, best):
-            self.best_score, self.wait_count = value.detach().cpu().clone(), 0
+            # What all ranks compared, which of a step's value is not this rank's own.
+            self.best_score, self.wait_count = tensor(current, dtype=value.dtype), 0
             if self.verbose:
                 change = f", {abs(best - current):.4g} better than before" if math.isfinite(best) else ""
                 module.print(f"EarlyStopping: {self.monitor} = {current:.6g}{change}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from raylit.callback import Callback
 from raylit.callbacks.average import Average, AverageFunction, weights_of
 from raylit.errors import ConfigError
+from raylit.seed import get_random_state, set_random_state
 from raylit.stage import Stage
 
 if TYPE_CHECKING:
@@ -122,7 +123,13 @@ class StochasticWeightAveraging(Callback):
             return
         self._current = weights_of(module)
         self._average.put()
+        # A run that goes on from here must draw the numbers that it would have drawn without the pass.
+        random_state = get_random_state()
+        on_gpu = torch.cuda.get_rng_state(module.device) if module.device.type == "cuda" else None
         renew_batchnorm(trainer, module)
+        set_random_state(random_state, devices=False)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, module.device)
 
     # -- the learning rate ---------------------------------------------------------------------------------------
     def _begin(self, trainer: TrainerView) -> None:
@@ -167,7 +174,8 @@ class StochasticWeightAveraging(Callback):
         self._loaded = state
 
     def on_save_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
-        if self._current is not None:  # training is over, the Module has the average
+        # Training is over, the Module has the average. Weights alone are for those who do not train on.
+        if self._current is not None and "optimizer_states" in checkpoint:
             checkpoint["current_model_state"] = self._current
 
     def on_load_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:

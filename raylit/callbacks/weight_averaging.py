@@ -111,7 +111,7 @@ class WeightAveraging(Callback):
     # -- checkpoints ---------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, trainer: TrainerView, module: Module, checkpoint: dict[str, Any]) -> None:
         average = self._average
-        if average is None:
+        if average is None or not trainer.is_global_zero:  # rank 0's is the one that is kept
             return
         if self._current is not None:  # training is over, the Module has the average
             checkpoint["current_model_state"] = self._current
@@ -120,6 +120,9 @@ class WeightAveraging(Callback):
                 checkpoint["current_model_state"] = weights_of(module)
             with average.in_place(swapped=True):
                 checkpoint["state_dict"] = weights_of(module)
+        if "optimizer_states" not in checkpoint:  # weights alone are wanted: nobody will train on from them
+            del checkpoint["current_model_state"]
+            return
         # Of the average itself only what "state_dict" does not have as it is: no weight is kept twice.
         shown = checkpoint["state_dict"]
         kept = {
