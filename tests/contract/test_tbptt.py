@@ -49,7 +49,7 @@ def sequences(count: int = 4, length: int = 7) -> list[tuple[Tensor, Tensor]]:
 
 
 def by_hand(make: Any, *, accumulate: int = 1, clip: float | None = None) -> Recurrent:
-    """Splits of three steps, two epochs. Each split is backpropagated alone; a step wherever the group's last batch is."""
+    """Splits of three steps, two epochs: a backward for each split, and a step in the last batch of a group."""
     model = Recurrent(make)
     optimizer = make(model.parameters())
     for _ in range(2):
@@ -76,9 +76,7 @@ def test_equals_a_truncated_loop_written_by_hand(tmp_path, make, by_trainer, acc
     if not by_trainer:
         module.truncated_bptt_steps = 3
     arguments = {"truncated_bptt_steps": 3} if by_trainer else {}
-    trainer = quiet(
-        tmp_path, max_epochs=2, accumulate_grad_batches=accumulate, gradient_clip_val=clip, **arguments
-    )
+    trainer = quiet(tmp_path, max_epochs=2, accumulate_grad_batches=accumulate, gradient_clip_val=clip, **arguments)
     trainer.fit(module, sequences())
     assert_same(dict(module.state_dict()), dict(by_hand(make, accumulate=accumulate, clip=clip).state_dict()))
     assert trainer.global_step == 2 * -(-4 // accumulate)  # a round a batch, however many splits
