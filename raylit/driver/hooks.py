@@ -50,7 +50,7 @@ def _lookalikes(model: Module, callbacks: Sequence[Callback], datamodule: DataMo
         for name, advice in never_called(callback, Callback, CALLBACK_HOOKS, others).items():
             yield _line(callback, name, advice)
     if datamodule is not None:
-        for name, advice in never_called(datamodule, DataModule, DATAMODULE_HOOKS).items():
+        for name, advice in never_called(datamodule, DataModule, DATAMODULE_HOOKS, [*CALLBACK_HOOKS, *others]).items():
             yield _line(datamodule, name, advice)
 
 

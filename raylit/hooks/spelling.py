@@ -17,8 +17,8 @@ _SHAPE = re.compile(r"(on_|configure_).*|.*(_step|_step_end|_epoch_end|_end|_dat
 # Measured over raylit's own hooks: one letter lost, doubled or swapped stays above it, another word below.
 _CLOSE = 0.85
 
-# Hooks that some Lightning called and raylit does not, each with what to write instead.
-_LIGHTNINGS: Mapping[str, str] = {
+# Hooks that some Lightning called and raylit does not, each with what to do instead.
+NOT_CALLED: Mapping[str, str] = {
     "on_batch_start": "write on_train_batch_start",
     "on_batch_end": "write on_train_batch_end",
     "on_init_start": "do it where the Trainer is made",
@@ -55,8 +55,8 @@ def never_called(obj: object, base: type, hooks: Iterable[str], others: Iterable
     for name, value in own.items():
         if name.startswith("_") or hasattr(base, name) or name in hooks or name in mentioned or not _function(value):
             continue
-        if name in _LIGHTNINGS:
-            found[name] = _LIGHTNINGS[name]
+        if name in NOT_CALLED:
+            found[name] = NOT_CALLED[name]
         elif name in others:
             found[name] = f"{base.__name__} has no such hook"
         elif _SHAPE.fullmatch(name):
