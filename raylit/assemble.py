@@ -208,7 +208,7 @@ def _fill(state: RunState, spec: RunSpec, world: World, device: torch.device) ->
     state.epoch, state.global_step, state.batch_idx = spec.epoch, spec.global_step, -1
     state.schedulers_on_hold = state.validates = False
     # Another run's numbers are not this one's.
-    state.callback_metrics, state.logged_metrics, state.progress_bar_metrics = {}, {}, {}
+    state.callback_metrics, state.logged_metrics, state.progress_bar_metrics, state.measured = {}, {}, {}, {}
 
 
 def checkpoint_hook(parts: Parts, name: str) -> Callable[[dict[str, Any]], None]:

@@ -54,6 +54,8 @@ class RunState:
     validates: bool = False  # this fit runs validation
     settings: FitConfig = field(default_factory=FitConfig)
     callback_metrics: dict[str, Tensor] = field(default_factory=dict)
+    # Epoch values by name, with the global_step at which each was reduced over all workers: of these weights it tells.
+    measured: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
     logged_metrics: dict[str, Tensor] = field(default_factory=dict)
     progress_bar_metrics: dict[str, Tensor] = field(default_factory=dict)
     log_dir: str | None = None
@@ -206,7 +208,12 @@ class TrainerView:
     @property
     def checkpoint_callback(self) -> Callback | None:
         """The first ModelCheckpoint among the callbacks, if any."""
-        return next((c for c in self._state.callbacks if type(c).__name__ == "ModelCheckpoint"), None)
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def checkpoint_callbacks(self) -> list[Callback]:
+        """The ModelCheckpoints among the callbacks."""
+        return [c for c in self._state.callbacks if "ModelCheckpoint" in {kind.__name__ for kind in type(c).__mro__}]
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -91,6 +91,7 @@ class Evaluation:
                 logged = metrics.end()
                 state.callback_metrics.update(logged.callback)
                 if self._loop is not Loop.SANITY:
+                    state.measured.update({name: (state.global_step, each) for name, each in logged.callback.items()})
                     state.progress_bar_metrics.update(logged.progress_bar)
                     state.logged_metrics.update(logged.logger)
                     self._parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)

@@ -328,6 +328,7 @@ class Fit:
         logged = metrics.end()
         metrics.place = NO_EPOCH
         state.callback_metrics.update(logged.callback)
+        state.measured.update({name: (state.global_step, value) for name, value in logged.callback.items()})
         state.logged_metrics.update(logged.logger)
         state.progress_bar_metrics.update(logged.progress_bar)
         parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)

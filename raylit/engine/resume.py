@@ -112,12 +112,13 @@ def _own(fit: Fit, position: Position) -> dict[str, Any]:
         "random": ranks.random_state(state.device),
         "gradients": {name: parameter.grad for name, parameter in _parameters(parts) if parameter.grad is not None},
         "group": fit.train.group_state(),
-        "marks": parts.strategy.group_state(),
+        "strategy": parts.strategy.group_state(),
         "metrics": parts.metrics.state_dict(open_loops=1) if within else None,
         "outputs": ranks.placed(fit.outputs.state()) if within and fit.outputs is not None else None,
         "shown": ranks.placed(
             {"callback": state.callback_metrics, "logged": state.logged_metrics, "bar": state.progress_bar_metrics}
         ),
+        "measured": dict(state.measured),
         "loaders": fit.loader_states(),
     }  # fmt: skip
     ahead = fit.looked_up_batch() if within else None
@@ -177,7 +178,9 @@ def _restore_own(fit: Fit, own: Mapping[str, Any]) -> None:
     fit.train.load_group_state(own["group"])
     if "random" not in own:
         return  # of another number of ranks: gradients are all that can be taken over
-    parts.strategy.load_group_state(own["marks"])
+    parts.strategy.load_group_state(own["strategy"])
+    state.measured.clear()
+    state.measured.update(own.get("measured", {}))
     shown = ranks.put_back(own["shown"], state.device)
     for mine, theirs in ((state.callback_metrics, "callback"), (state.logged_metrics, "logged"),
                          (state.progress_bar_metrics, "bar")):  # fmt: skip
