@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,14 +29,18 @@ def to_torchscript(
     """Return the ``ScriptModule``, also written to ``file_path`` where one is given; ``kwargs`` go to ``torch.jit``."""
     if method not in ("script", "trace"):
         raise ConfigError(f"to_torchscript(method={method!r}): accepted are 'script' and 'trace'")
-    target = None if file_path is None else ready_path(file_path, "to_torchscript")
+    given: dict[str, Any] = {}
     if method == "trace":
         args, by_name = sample_of(module, example_inputs, "example_inputs", "to_torchscript(method='trace')")
-        given: dict[str, Any] = {"example_kwarg_inputs": by_name} if by_name else {"example_inputs": args}
+        given = {"example_kwarg_inputs": by_name} if by_name else {"example_inputs": args}
+    target = None if file_path is None else ready_path(file_path, "to_torchscript")
+    if method == "trace":
         with as_it_was(module), _as_subclass(module, {"trainer"}):
             made = torch.jit.trace(module, **given, **kwargs)
     else:
-        with as_it_was(module):
+        with as_it_was(module), warnings.catch_warnings():
+            # It reads all of __init__; what forward uses and cannot be compiled is an error of its own.
+            warnings.filterwarnings("ignore", "The TorchScript type system doesn't support instance-level annotations")
             made = _scripted(module, kwargs)
     if target is not None:
         torch.jit.save(made, str(target))
@@ -65,6 +70,7 @@ def _of_a_person(cls: type) -> bool:
 def _as_subclass(module: nn.Module, hidden: set[str]) -> Iterator[None]:
     """Make ``module`` an object of a subclass in which the names in ``hidden`` are attributes that are None."""
     cls = type(module)
+    marked = {id(each) for each in module.modules() if "__overloads__" in each.__dict__}
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__jit_ignored_attributes__":
                [*getattr(cls, "__jit_ignored_attributes__", ()), *_NOT_IN_THE_FILE]}  # fmt: skip
     module.__class__ = type(cls.__name__, (cls,), {**dict.fromkeys(hidden), **members})
@@ -72,3 +78,6 @@ def _as_subclass(module: nn.Module, hidden: set[str]) -> Iterator[None]:
         yield
     finally:
         module.__class__ = cls
+        for each in module.modules():  # torch.jit leaves its note on each of them
+            if id(each) not in marked:
+                each.__dict__.pop("__overloads__", None)
