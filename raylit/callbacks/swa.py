@@ -35,6 +35,12 @@ class StochasticWeightAveraging(Callback):
     the weights that were trained. One optimizer and at most one scheduler; ConfigError otherwise.
     """
 
+    # Of the fit that runs, or ran last, in this process.
+    _average: Average | None = None
+    _scheduler: Any = None
+    _current: dict[str, Any] | None = None  # the weights that training ended with
+    _loaded: dict[str, Any] | None = None
+
     def __init__(self, swa_lrs: float | Sequence[float], swa_epoch_start: int | float = 0.8, annealing_epochs: int = 10,
                  annealing_strategy: str = "cos", avg_fn: AverageFunction | None = None,
                  device: torch.device | str | int | None = _CPU) -> None:  # fmt: skip
@@ -54,13 +60,6 @@ class StochasticWeightAveraging(Callback):
             _refuse("avg_fn", avg_fn, "a function (average, weights, num_averaged) -> average")
         self._rates, self._start, self._function, self._device = rates, swa_epoch_start, avg_fn, device
         self._annealing_epochs, self._annealing_strategy = annealing_epochs, annealing_strategy
-        self._forget()
-
-    def _forget(self) -> None:
-        self._average: Average | None = None
-        self._scheduler: Any = None
-        self._current: dict[str, Any] | None = None  # the weights that training ended with
-        self._loaded: dict[str, Any] = {}
 
     @property
     def num_averaged(self) -> int:
@@ -74,7 +73,7 @@ class StochasticWeightAveraging(Callback):
 
     # -- hooks ---------------------------------------------------------------------------------------------------
     def on_fit_start(self, trainer: TrainerView, module: Module) -> None:
-        self._forget()
+        self._average = self._scheduler = self._current = self._loaded = None
         if trainer.max_epochs == -1 and isinstance(self._start, float):
             raise ConfigError(
                 f"StochasticWeightAveraging(swa_epoch_start={self._start}) is a fraction of max_epochs, which the "
@@ -142,7 +141,7 @@ class StochasticWeightAveraging(Callback):
 
     def _go_on(self, trainer: TrainerView, module: Module) -> None:
         """Begin where a checkpoint was made: the optimizer has its rates from there already."""
-        loaded, self._loaded = self._loaded, {}
+        loaded, self._loaded = self._loaded or {}, None
         if loaded.get("scheduler") is not None:
             groups = trainer.optimizers[0].param_groups
             rates = [group["lr"] for group in groups]
@@ -184,7 +183,8 @@ class StochasticWeightAveraging(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Weights do not travel with the callback: the Module's own come home.
-        return {**self.__dict__, "_average": None, "_current": None, "_loaded": {}, "_scheduler": None}
+        left = ("_average", "_scheduler", "_current", "_loaded")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
 
 
 def renew_batchnorm(trainer: TrainerView, module: Module) -> None:

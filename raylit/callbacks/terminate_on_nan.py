@@ -31,6 +31,9 @@ class TerminateOnNaN(Callback):
     workers one bad rank stops all.
     """
 
+    _first: Tensor | None = None  # on the device: index of the first bad pass since the last look; -1: none
+    _loss: Tensor | None = None
+
     def __init__(self, check_every_n_steps: int | None = None) -> None:
         every = check_every_n_steps
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
@@ -40,8 +43,6 @@ class TerminateOnNaN(Callback):
         self._asked = every
         self._every = 1
         self._places: list[tuple[int, int, int]] = []  # (epoch, batch index, global step) of the passes since the look
-        self._first: Tensor | None = None  # on the device: place of the first bad pass among them; -1: none
-        self._loss: Tensor | None = None
 
     def on_train_start(self, trainer: TrainerView, module: Module) -> None:
         self._every = self._asked or (1 if module.device.type == "cpu" else 20)
@@ -101,7 +102,7 @@ class TerminateOnNaN(Callback):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_places": [], "_first": None, "_loss": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_first", "_loss")}
 
 
 def _some(names: list[str]) -> str:

@@ -31,14 +31,16 @@ class WeightAveraging(Callback):
     ``current_model_state``; after the fit the Module has the average. Before the first update everything is as without.
     """
 
+    # Of the fit that runs, or ran last, in this process.
+    _average: Average | None = None
+    _current: dict[str, Any] | None = None  # the weights that training ended with
+    _loaded: dict[str, Any] | None = None
+
     def __init__(self, device: torch.device | str | int | None = None, use_buffers: bool = True,
                  avg_fn: AverageFunction | None = None) -> None:  # fmt: skip
         self._device, self._use_buffers, self._function = device, use_buffers, avg_fn
         self._weight: float | None = None  # of the new weights; None: an equal share
-        self._average: Average | None = None
         self._seen_step = 0
-        self._current: dict[str, Any] | None = None  # the weights that training ended with
-        self._loaded: dict[str, Any] | None = None
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether the weights go into the average now; by default after every step.
@@ -147,7 +149,8 @@ class WeightAveraging(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Weights do not travel with the callback: the Module's own come home.
-        return {**self.__dict__, "_average": None, "_current": None, "_loaded": None}
+        left = ("_average", "_current", "_loaded")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
 
 
 class EMAWeightAveraging(WeightAveraging):
