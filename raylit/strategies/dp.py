@@ -107,7 +107,8 @@ class OnCopies:
         for _, own in tables:
             for tensor in own.values():
                 if tensor is not None and id(tensor) not in copies:
-                    copies[id(tensor)] = tensor.to(self._device, non_blocking=True, copy=True)
+                    # Towards the host such a copy may still be under way when the step reads it.
+                    copies[id(tensor)] = tensor.to(self._device, non_blocking=self._device.type == "cuda", copy=True)
         try:
             for table, own in tables:
                 table.update({name: copies[id(tensor)] for name, tensor in own.items() if tensor is not None})

@@ -528,6 +528,29 @@ def test_a_step_on_copies_that_fails_leaves_the_module_as_it_was():
     assert {name: id(tensor) for name, tensor in module.named_parameters()} == before
 
 
+class Away(DataParallel):
+    """The second device is the CPU too, and is treated as another: its part runs on copies and comes back."""
+
+    def each_device(self, module, step):
+        cpu = torch.device("cpu")
+        return [(cpu, step), (torch.device("cpu", 0), OnCopies(module, step, cpu))]
+
+
+@pytest.mark.parametrize("kind", [Net, Logs, Recurrent])
+def test_a_run_with_another_device_is_the_run_with_virtual_ones(tmp_path, kind):
+    generator = torch.Generator().manual_seed(9)
+    recurrent = [(torch.randn(3, 7, 3, generator=generator), torch.randn(3, 7, 1, generator=generator))] * 3
+    data = {Net: batches(), Logs: [torch.tensor([1.0, 2, 9]), torch.tensor([3.0, 5])], Recurrent: recurrent}[kind]
+    arguments = {"truncated_bptt_steps": 3} if kind is Recurrent else {}
+    results = []
+    for strategy in ("dp", Away()):
+        module = kind()
+        trainer = quiet(tmp_path, max_epochs=2, strategy=strategy, **arguments)
+        trainer.fit(module, data, data if kind is Logs else None)
+        results.append((dict(module.state_dict()), dict(trainer.callback_metrics), getattr(module, "steps", [])))
+    torch.testing.assert_close(*results)  # gradients meet in another order of additions
+
+
 def test_each_device_has_its_step():
     cpu = torch.device("cpu")
     strategy = DataParallel().attach([cpu], None)
