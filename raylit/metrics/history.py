@@ -70,14 +70,20 @@ class History:
         import numpy as np
         import pyarrow as pa
 
-        columns = {"epoch": pa.array(np.array(self._epochs, np.int64)),
-                   "step": pa.array(np.array(self._steps, np.int64))}  # fmt: skip
-        for name, (rows, values) in self._columns.items():
-            dense, absent = np.zeros(len(self)), np.ones(len(self), bool)
-            at = np.array(rows, np.int64)
-            dense[at], absent[at] = values, False
-            columns[name] = pa.array(dense, pa.float64(), mask=absent)  # a NaN that was logged stays one, and no null
-        return pa.table(columns)
+        count = len(self)
+        # From buffers and arrays: pyarrow's shorter ways (pa.array, pa.table) import pandas, which takes half a second.
+        columns = [
+            pa.Array.from_buffers(pa.int64(), count, [None, pa.py_buffer(own.tobytes())])
+            for own in (self._epochs, self._steps)
+        ]
+        for rows, values in self._columns.values():
+            dense, there = np.zeros(count), np.zeros(count, bool)
+            at = np.frombuffer(rows.tobytes(), np.int64)
+            dense[at], there[at] = np.frombuffer(values.tobytes()), True
+            # Bits of validity: a NaN that was logged stays one, and is no null.
+            bits = pa.py_buffer(np.packbits(there, bitorder="little").tobytes())
+            columns.append(pa.Array.from_buffers(pa.float64(), count, [bits, pa.py_buffer(dense.tobytes())]))
+        return pa.Table.from_arrays(columns, names=[*_OWN, *self._columns])
 
     def readable(self) -> History:
         """Return the rows whose values are here, as an object that another thread may write. Waits for nothing."""

@@ -2,8 +2,8 @@
 
 The file is replaced as a whole (Parquet cannot be appended to), so whoever reads it, during a run or after one that was
 killed, finds a table of all rows up to the last write. A write is begun at the first row after ``_EVERY_S`` seconds, in
-a thread: the loop pays for a copy of the numbers and pyarrow mostly works without Python's lock. The time between two
-writes grows with what the last one took, so that a history of any length costs at most 2 % of one core.
+a thread: the loop pays for a copy of the numbers (1 ms for 10,000 rows of 10 metrics). The time between two writes
+grows with what the last one took, so that a history of any length costs at most 2 % of one core.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from raylit.metrics.history import History
 
 NAME = "history.parquet"
 _EVERY_S = 2.0  # at most so many seconds of rows are lost with a killed process
-_COST_FACTOR = 50  # a write that took t seconds is followed by 50 t seconds without one
+_COST_FACTOR = 50  # a write that took t seconds of a core is followed by 50 t seconds without one
 
 
 class HistoryFile:
-    """Keeps the file in ``folder`` up with ``history``."""
+    """Keeps the file in ``folder`` up with ``history``; ``every_s``: the least seconds between two writes."""
 
-    def __init__(self, history: History, folder: str) -> None:
-        self._history, self._path = history, os.path.join(folder, NAME)
-        self._due = time.monotonic() + _EVERY_S
+    def __init__(self, history: History, folder: str, every_s: float = _EVERY_S) -> None:
+        self._history, self._path, self._every_s = history, os.path.join(folder, NAME), every_s
+        self._due = time.monotonic() + every_s
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         for left in glob.glob(os.path.join(glob.escape(folder), f".{NAME}.*.tmp")):  # by a killed attempt of this run
@@ -56,14 +56,13 @@ class HistoryFile:
         self._say()
 
     def _write(self, rows: History) -> None:
-        began = time.monotonic()
+        began = time.thread_time()  # not the clock: a loop that holds Python's lock makes this thread wait, not work
         try:
             rows.write_parquet(self._path)
             self._history.was_written(len(rows))
         except Exception as error:  # a full disk must not end a training; said on the run's own thread
             self._error = error
-        now = time.monotonic()
-        self._due = now + max(_EVERY_S, _COST_FACTOR * (now - began))
+        self._due = time.monotonic() + max(self._every_s, _COST_FACTOR * (time.thread_time() - began))
 
     def _say(self) -> None:
         if self._error is not None:
