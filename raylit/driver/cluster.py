@@ -122,6 +122,13 @@ def per_worker(resources: Mapping[str, float] | None, use_gpu: bool) -> dict[str
     return {k: v for k, v in asked.items() if v > 0}
 
 
+def with_gpus(resources: Mapping[str, float] | None, gpus: int) -> Mapping[str, float] | None:
+    """What a worker asks for, with as many GPUs as share a batch in it; one is what it asks for anyway."""
+    if gpus < 2 or "GPU" in (resources or {}):
+        return resources
+    return {**(resources or {}), "GPU": float(gpus)}
+
+
 def check_fits(num_workers: int, resources_per_worker: Mapping[str, float] | None, use_gpu: bool) -> None:
     """Raise :class:`ResourceError` with the arithmetic where the cluster can never give what is asked.
 

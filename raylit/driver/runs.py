@@ -149,8 +149,9 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
         display.event({"kind": "note", "text": text})  # the next line may take half a minute to come
     cluster.connect(placement.runtime_env)
     use_gpu = placement.use_gpu
+    devices = getattr(trainer._config.fit.strategy, "devices", None) or 1  # that share a batch in each worker
     if use_gpu == "auto":
-        use_gpu = cluster.available().get("GPU", 0.0) >= placement.worker_range[0]
+        use_gpu = cluster.available().get("GPU", 0.0) >= placement.worker_range[0] * devices
     job = Job(
         stage=spec.stage.value,
         payload=with_gpu(payload, bool(use_gpu)),
@@ -161,7 +162,7 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
     where: dict[str, Any] = {
         "num_workers": placement.num_workers,
         "use_gpu": bool(use_gpu),
-        "resources_per_worker": placement.resources_per_worker,
+        "resources_per_worker": cluster.with_gpus(placement.resources_per_worker, devices if use_gpu else 0),
         "runtime_env": placement.runtime_env,
         "on_event": lambda event: _follow(trainer, display, event),
     }

@@ -36,12 +36,12 @@ class DataParallel(SingleDevice):
     name = "dp"
 
     def __init__(self, devices: int | None = None, split: Split | None = None) -> None:
-        self._asked, self.split = _checked(devices), split
+        self.devices, self.split = _checked(devices), split
 
     def attach(self, visible: Sequence[torch.device], collective: Collective, name: str = "dp") -> DataParallel:
         """Give the strategy this worker's devices, the Module's first."""
         self.device, self.collective, self.name = visible[0], collective, name
-        self._devices = _chosen(self._asked, visible)
+        self._devices = _chosen(self.devices, visible)
         return self
 
     def each_device(self, module: nn.Module, step: Callable[..., Any]) -> list[tuple[torch.device, Callable[..., Any]]]:
@@ -49,7 +49,7 @@ class DataParallel(SingleDevice):
         return _on_each(self._devices, module, step)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_asked": self._asked, "split": self.split}
+        return {"devices": self.devices, "split": self.split}
 
 
 class DDP2(DDP):
@@ -65,24 +65,24 @@ class DDP2(DDP):
         **ddp_options: Any,
     ) -> None:  # fmt: skip
         super().__init__(find_unused_parameters, **ddp_options)
-        self._asked, self.split = _checked(devices), split
+        self.devices, self.split = _checked(devices), split
 
     def attach_devices(self, visible: Sequence[torch.device], collective: Collective | None = None) -> DDP2:
         """Give the strategy this worker's devices, the Module's first; the process group must exist."""
-        self._devices = _chosen(self._asked, visible)
+        self._devices = _chosen(self.devices, visible)
         self.attach(visible[0], collective)
         return self
 
     def alone(self, visible: Sequence[torch.device], collective: Collective) -> DataParallel:
         """Return the strategy of a run with one worker, where there is nobody to average with."""
-        return DataParallel(self._asked, self.split).attach(visible, collective, self.name)
+        return DataParallel(self.devices, self.split).attach(visible, collective, self.name)
 
     def each_device(self, module: nn.Module, step: Callable[..., Any]) -> list[tuple[torch.device, Callable[..., Any]]]:
         """Return ``step`` for each device of this worker, in order."""
         return _on_each(self._devices, module, step)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_asked": self._asked, "split": self.split}
+        return {**super().__getstate__(), "devices": self.devices, "split": self.split}
 
 
 class OnCopies:

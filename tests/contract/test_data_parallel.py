@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import raylit
+from raylit.driver.cluster import with_gpus
 from raylit.errors import ConfigError, DataError, HookError
 from raylit.strategies import DDP2, DataParallel
 from raylit.strategies.dp import OnCopies
@@ -561,3 +562,17 @@ def test_each_device_has_its_step():
     assert [device for device, _ in devices] == gpus[:2]
     assert devices[0][1] == step and devices[1][1] != step
     assert len(DataParallel().attach(gpus, None).each_device(Counted(), step)) == 3
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "expected"),
+    [
+        (None, 0, None),  # no GPU is used
+        (None, 1, None),
+        (None, 2, {"GPU": 2.0}),
+        ({"CPU": 4}, 2, {"CPU": 4, "GPU": 2.0}),
+        ({"GPU": 4}, 2, {"GPU": 4}),
+    ],
+)
+def test_a_worker_asks_for_the_gpus_that_share_a_batch(resources, gpus, expected):
+    assert with_gpus(resources, gpus) == expected
