@@ -131,11 +131,11 @@ class Strategy(Protocol):
         """An optimizer has stepped: forget who took part in the group."""
         ...
 
-    def group_state(self) -> list[Tensor | None]:
-        """Return what this rank knows of the group that is not done: a mark for each optimizer."""
+    def group_state(self) -> dict[str, Any]:
+        """Return what this rank knows of the group that is not done: plain values and tensors."""
         ...
 
-    def load_group_state(self, marks: Sequence[Tensor | None]) -> None:
+    def load_group_state(self, state: Mapping[str, Any]) -> None:
         """Take back what ``group_state`` returned."""
         ...
 

@@ -107,8 +107,33 @@ class DDP:
         now = [p.requires_grad for p in self._parameters]
         _set_learning(self._parameters, learning)
         self._ddp = DistributedDataParallel(self._step, device_ids=ids, find_unused_parameters=unused, **self._options)
+        if self.collective.world_size > 2 and not unused:
+            self._settle_buckets()
         _set_learning(self._parameters, now)
         self._learning = learning
+
+    def _settle_buckets(self) -> None:
+        """Send zeros once, so that DDP lays out its messages now, and in the same way in every run.
+
+        It lays them out anew after the first backward pass, by the order in which gradients were ready. Of three ranks
+        and more, the place in a message decides in which order a sum is built, and so its last bit: a run that goes on
+        from a checkpoint would not be the run that was never stopped.
+        """
+        assert self._ddp is not None and self._step is not None
+        layers = self._module.modules()
+        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
+        if hooked or any(getattr(layer, "sparse", False) for layer in layers):
+            return  # the hooks are not to see these zeros, and sparse gradients are none
+        kept = [(p, p.grad) for p in (*self._parameters, *self._step.took_part)]
+        for parameter, _ in kept:
+            parameter.grad = None
+        self._step.settling = True
+        with torch.enable_grad():
+            _, zero = self._ddp(None, 0, None, None)
+            zero.backward()
+        self._step.settling = False
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
     def _follow(self, learning: list[bool]) -> None:
         """Wrap anew where layers were frozen or thawed: DDP would not average a thawed one."""
@@ -168,15 +193,23 @@ class DDP:
         if self._step is not None:
             self._step.took_part[optimizer_idx].grad = None
 
-    def group_state(self) -> list[Tensor | None]:
-        """Return each optimizer's mark: this rank's losses since the last step."""
-        return [] if self._step is None else [mark.grad for mark in self._step.took_part]
+    def group_state(self) -> dict[str, Any]:
+        """Return each optimizer's mark (this rank's losses since the last step), and whether DDP evens out buffers.
 
-    def load_group_state(self, marks: Sequence[Tensor | None]) -> None:
+        It does so before a forward pass, unless the pass before was one without all-reduce.
+        """
+        if self._step is None or self._ddp is None:
+            return {}
+        marks = [mark.grad for mark in self._step.took_part]
+        return {"marks": marks, "even_buffers": self._ddp.require_forward_param_sync}
+
+    def load_group_state(self, state: Mapping[str, Any]) -> None:
         """Take back what ``group_state`` returned."""
-        if self._step is not None:
-            for mark, saved in zip(self._step.took_part, marks):
-                mark.grad = None if saved is None else saved.to(mark.device)
+        if self._step is None or self._ddp is None or not state:
+            return
+        for mark, saved in zip(self._step.took_part, state["marks"]):
+            mark.grad = None if saved is None else saved.to(mark.device)
+        self._ddp.require_forward_param_sync = state["even_buffers"]
 
     def reduce_gradients(self, optimizer: Optimizer) -> None:
         """Average the gradients of ``optimizer``'s parameters over the workers, in few large messages.
@@ -220,9 +253,10 @@ class _Step(nn.Module):
         self.took_part = nn.ParameterList(nn.Parameter(torch.zeros((), device=device)) for _ in range(optimizers))
         self.step = step
         self.zero: Tensor | None = None
+        self.settling = False
 
     def forward(self, batch: Any, batch_idx: int, optimizer_idx: int | None, hiddens: Any) -> tuple[Any, Any]:
-        output = self.step(batch, batch_idx, optimizer_idx, hiddens)
+        output = None if self.settling else self.step(batch, batch_idx, optimizer_idx, hiddens)
         mark = self.took_part[optimizer_idx or 0]
         if isinstance(output, Tensor):
             return _marked(output, mark), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -59,11 +59,11 @@ class SingleDevice:
     def end_group(self, optimizer_idx: int) -> None:
         """Nothing to forget."""
 
-    def group_state(self) -> list[torch.Tensor | None]:
+    def group_state(self) -> dict[str, Any]:
         """There is nothing to know."""
-        return []
+        return {}
 
-    def load_group_state(self, marks: Sequence[torch.Tensor | None]) -> None:
+    def load_group_state(self, state: Mapping[str, Any]) -> None:
         """There is nothing to know."""
 
     def teardown(self) -> None:

@@ -176,3 +176,37 @@ class WithOutputs(Net):
     def training_epoch_end(self, outputs: Any) -> None:
         losses = torch.stack([output["loss"] for output in outputs])
         self.log("from_outputs", (losses * torch.arange(1.0, len(losses) + 1)).sum() + torch.rand(()))
+
+
+# On several ranks ----------------------------------------------------------------------------------------------------
+def every_point_case(
+    rank: int, world_size: int, make: Callable[[], raylit.Module], loaders: Callable[[], Any], arguments: dict[str, Any]
+) -> int:
+    """``check_every_point`` as one rank of several; returns the number of points."""
+    import torch.distributed as dist
+
+    place: dict[str, Any] = {"rank": rank, "world_size": world_size, **arguments}
+    _, whole = run_recorded(make, loaders, seed=1, recorder=Recorder(), **place)
+    for number, (point, snapshot) in enumerate(whole.points[:-1]):
+        assert snapshot is not None
+        assert bool(snapshot.common) is (rank == 0)
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, (snapshot.common, snapshot.own))
+        common, own = gathered[0][0], {each: parts[1] for each, parts in enumerate(gathered)}
+        _, resumed = run_recorded(make, loaders, seed=77, common=common, own=own, **place)
+        where = f"rank {rank} from point {number} ({point})"
+        assert_same(whole.end.common, resumed.end.common, f"{where}: common")
+        assert_same(whole.end.own, resumed.end.own, f"{where}: own")
+    return len(whole.points)
+
+
+def take_at(
+    rank: int, world_size: int, make: Callable[[], raylit.Module], loaders: Callable[[], Any], number: int,
+    arguments: dict[str, Any],
+) -> RunSnapshot:  # fmt: skip
+    """This rank's state at one safe point of a run."""
+    recorder = Recorder(only=(number,))
+    run_recorded(make, loaders, seed=1, recorder=recorder, rank=rank, world_size=world_size, **arguments)
+    snapshot = recorder.points[number][1]
+    assert snapshot is not None
+    return snapshot
