@@ -167,7 +167,8 @@ class HyperparametersMixin:
     @property
     def hparams_initial(self) -> HParams:
         """A copy of the hyperparameters as first saved: later saves add names to it and change none."""
-        return copy.deepcopy(self.__dict__.get("_hparams_initial", HParams()))
+        first: HParams = self.__dict__.get("_hparams_initial", HParams())
+        return copy.deepcopy(first)
 
 
 def warn_of_lost(owner: HyperparametersMixin, stacklevel: int) -> None:

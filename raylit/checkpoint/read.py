@@ -88,7 +88,7 @@ def _fetched(uri: str, folder: Path) -> Path:
             found = named[0]
         if not found.is_file:
             raise CheckpointError(f"there is no checkpoint at {uri!r}")
-        target = folder / found.base_name
+        target = folder / str(found.base_name)
         with filesystem.open_input_stream(found.path) as source, open(target, "wb") as file:
             while chunk := source.read(1 << 22):
                 file.write(chunk)

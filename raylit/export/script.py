@@ -36,7 +36,7 @@ def to_torchscript(
     target = None if file_path is None else ready_path(file_path, "to_torchscript")
     if method == "trace":
         with as_it_was(module), _as_subclass(module, {"trainer"}):
-            made = torch.jit.trace(module, **given, **kwargs)
+            made = torch.jit.trace(module, **given, **kwargs)  # type: ignore[no-untyped-call]
     else:
         with as_it_was(module), warnings.catch_warnings():
             # It reads all of __init__; what forward uses and cannot be compiled is an error of its own.

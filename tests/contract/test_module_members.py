@@ -198,8 +198,8 @@ def test_summarize_shows_layers_and_with_an_example_their_sizes() -> None:
 
 # -- properties ------------------------------------------------------------------------------------------------------
 PROPERTIES = """current_epoch global_step global_rank local_rank node_rank world_size device dtype hparams
-    hparams_initial logger loggers datamodule precision use_amp use_ddp use_ddp2 use_dp use_tpu on_gpu example_input_array
-    automatic_optimization truncated_bptt_steps""".split()
+    hparams_initial logger loggers datamodule precision use_amp use_ddp use_ddp2 use_dp use_tpu on_gpu
+    example_input_array automatic_optimization truncated_bptt_steps""".split()
 BEFORE: dict[str, Any] = {
     "current_epoch": 0, "global_step": 0, "global_rank": 0, "local_rank": 0, "node_rank": 0, "world_size": 1,
     "device": torch.device("cpu"), "dtype": torch.float32, "hparams": {"lr": 0.1}, "hparams_initial": {"lr": 0.1},
