@@ -326,6 +326,18 @@ def test_going_on_from_a_checkpoint_is_as_never_having_stopped(name: str, schedu
     assert_same(dict(again.state_dict()), dict(whole.state_dict()))
 
 
+@pytest.mark.parametrize("steps", [8, 14])  # in the middle of the second and third of epochs of 6 batches
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_going_on_in_the_middle_of_an_epoch(name: str, steps: int, tmp_path: Path) -> None:
+    whole, first, again = Dropping(True), Dropping(True), Dropping(True)
+    given: dict[str, Any] = {"max_epochs": 4, "seed": 4, "enable_checkpointing": True}
+    quiet(tmp_path, **given, callbacks=[CALLBACKS[name]()]).fit(whole, loader(), loader())
+    half = quiet(tmp_path, **given, max_steps=steps, callbacks=[CALLBACKS[name]()])
+    result = half.fit(first, loader(), loader())
+    quiet(tmp_path, **given, callbacks=[CALLBACKS[name]()]).fit(again, loader(), loader(), ckpt_path=result.checkpoint)
+    assert_same(dict(again.state_dict()), dict(whole.state_dict()))
+
+
 def test_evaluating_a_checkpoint_uses_the_average(tmp_path: Path) -> None:
     module = Net()
     trainer = quiet(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[EMAWeightAveraging(decay=0.8)])
