@@ -78,6 +78,9 @@ def _construct(cls: type[Any], params: dict[str, Any], name: Any, overrides: dic
     named = {n: p for n, p in signature.parameters.items() if p.kind in _NAMED}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     hints = annotations_of(cls.__init__)
+    needed = [n for n, p in named.items() if p.default is p.empty and n not in overrides]
+    if params and not open_ended and len(needed) == 1 and not any(n in params for n in named):
+        name = needed[0]  # no argument is known by name: the object was saved in another form, as vars(hparams)
     if name in named and name not in params and name not in overrides:
         arguments = _one_argument(name, params, overrides, named, hints)
     else:

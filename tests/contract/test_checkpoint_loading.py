@@ -281,6 +281,20 @@ def test_one_object_is_given_back_as_one_object(tmp_path: Path) -> None:
     assert loaded.given == argparse.Namespace(width=4, lr=0.1)
 
 
+def test_one_object_that_was_saved_in_another_form(tmp_path: Path) -> None:
+    class Vars(OldStyle):
+        def __init__(self, hparams: argparse.Namespace, verbose: bool = False) -> None:
+            raylit.Module.__init__(self)
+            self.save_hyperparameters(vars(hparams))
+            self.layer = nn.Linear(3, hparams.width)
+
+    checkpoint = trained(tmp_path, Vars(argparse.Namespace(width=4, lr=0.1)))
+    assert read(checkpoint)["hparams_name"] == "kwargs"
+    assert Vars.load_from_checkpoint(checkpoint, verbose=True).hparams == {"width": 4, "lr": 0.1}
+    path = save(tmp_path / "other", Net(4), hparams_name=None, hyper_parameters={"width": 4, "lr": 0.2})
+    assert OldStyle.load_from_checkpoint(path).hparams.lr == 0.2
+
+
 def test_annotated_arguments_get_their_types_back(tmp_path: Path) -> None:
     checkpoint = trained(tmp_path, Annotated(Kind.SLOW, Path("x/y"), Optim(0.5)))
     assert Annotated.load_from_checkpoint(checkpoint).got == (Kind.SLOW, Path("x/y"), Optim(0.5))
