@@ -398,6 +398,7 @@ def test_every_hook_of_the_contract_is_in_the_tables():
         shared += [f"on_{loop}_{when}" for when in "start end epoch_start epoch_end batch_start batch_end".split()]
         module += [f"on_{loop}_model_eval", f"on_{loop}_model_train"]
     only = ["on_sanity_check_start", "on_sanity_check_end", "on_exception", "setup", "teardown"]
+    only += ["on_train_epoch_settled"]  # raylit's own
     assert set(MODULE_HOOKS) == {*module, *shared}
     assert set(CALLBACK_HOOKS) == {*shared, *only}
     # named(dagger) arguments
