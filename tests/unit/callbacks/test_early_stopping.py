@@ -135,6 +135,18 @@ def test_the_sanity_check_does_not_count(tmp_path: Path) -> None:
     assert trainer.current_epoch == 3 and float(stopper.best_score) == 4
 
 
+def test_a_dry_run_checks_nothing(tmp_path: Path) -> None:
+    trainer = fitted(tmp_path, Told([5]), EarlyStopping("not logged"), fast_dev_run=True, max_epochs=None)
+    assert trainer.global_step == 1
+
+
+def test_evaluations_outside_a_fit_do_not_count(tmp_path: Path) -> None:
+    stopper = EarlyStopping("val", patience=1)
+    trainer = fitted(tmp_path, Told([5, 4, 3, 3]), stopper, max_epochs=2)
+    trainer.validate(trainer.model, numbers(1))
+    assert stopper.wait_count == 0 and float(stopper.best_score) == 4
+
+
 def test_verbose_tells_of_each_improvement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fitted(tmp_path, Told([5, 4, 4]), EarlyStopping("val", patience=1, verbose=True))
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("EarlyStopping")] == [
