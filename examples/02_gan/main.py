@@ -74,7 +74,7 @@ class Gan(raylit.Module):
             grid = sheet(self(self.noise))
         # On ranks other than 0 the experiment accepts every call and does nothing.
         self.logger.experiment.add_image("samples", grid, self.global_step, dataformats="HW")
-        if self.global_rank == 0:
+        if self.global_rank == 0 and self.trainer.log_dir:  # none in a run that keeps nothing
             save_picture(grid, Path(self.trainer.log_dir) / f"samples_{epoch:03d}.png")
 
     def configure_optimizers(self) -> list[dict]:

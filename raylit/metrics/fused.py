@@ -55,7 +55,7 @@ def entry_of(slot: Slot) -> Entry:
     return Entry(slot.key, slot.suffix, slot.settings, slot.kind, slot.site, slot.metric_path)
 
 
-def scalar_result(value: Any, key: str, by: str) -> float:
+def scalar_result(value: Any, key: str, by: str, site: str) -> float:
     """Return a reduction's or a metric's result as a float; LogError where it is not one number."""
     if isinstance(value, Tensor):
         if value.numel() == 1:
@@ -63,7 +63,12 @@ def scalar_result(value: Any, key: str, by: str) -> float:
     elif isinstance(value, (int, float)):
         return float(value)
     shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise LogError(f"log({key!r}): {by} gave {shape} at the end of the loop; one number is needed.")
+    hint = ""
+    if isinstance(value, Mapping):
+        hint = " Use log_dict for a MetricCollection."
+    elif by == "compute()":
+        hint = " Do not log this metric: call its compute() and reset() in the loop's epoch-end hook."
+    raise LogError(f"log({key!r}) at {site}: {by} gave {shape} at the end of the loop; one number is needed.{hint}")
 
 
 def _custom(slot: Slot, values: Tensor) -> float:
@@ -72,7 +77,7 @@ def _custom(slot: Slot, values: Tensor) -> float:
             f"log({slot.key!r}): its reduce_fx ({slot.settings.op}) is not known after resuming in mid-epoch, since it "
             "was not logged again before the epoch ended. Log it in every batch, or use a reduction by name."
         )
-    return scalar_result(slot.fx(values), slot.key, "reduce_fx")
+    return scalar_result(slot.fx(values), slot.key, "reduce_fx", slot.site)
 
 
 def reduce_alone(slots: Mapping[str, Slot], device: torch.device) -> list[Reduced]:
@@ -82,7 +87,8 @@ def reduce_alone(slots: Mapping[str, Slot], device: torch.device) -> list[Reduce
         running, value = slot.running, None
         if slot.settings.metric:
             if slot.on_epoch:
-                value = _tensor(scalar_result(compute_over_ranks(slot.metric, None), slot.key, "compute()"), device)
+                result = compute_over_ranks(slot.metric, None)
+                value = _tensor(scalar_result(result, slot.key, "compute()", slot.site), device)
         elif slot.on_epoch and running.count:
             if running.op == "custom":
                 value = _tensor(_custom(slot, running.all_values()), device)
@@ -192,7 +198,7 @@ class Agreement:
             parts = [gathered[rank][entry.key] for rank in ranks if entry.key in gathered[rank]]
             if entry.kind == "metric" and entry.key in metrics:
                 result = compute_over_ranks(metrics[entry.key], parts)
-                own[entry.key] = scalar_result(result, entry.key, "compute()")
+                own[entry.key] = scalar_result(result, entry.key, "compute()", entry.site)
                 metrics[entry.key].reset()  # counts the updates of every rank now
             elif entry.kind == "custom" and entry.key in slots:
                 own[entry.key] = _custom(slots[entry.key], torch.cat(parts))

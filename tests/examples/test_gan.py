@@ -83,6 +83,11 @@ def test_pictures_are_written_every_few_epochs_and_at_the_end(gan: ModuleType, t
     assert events.count(b"samples") == 2
 
 
+def test_a_run_that_keeps_nothing_draws_no_pictures(gan: ModuleType, tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, fast_dev_run=6).fit(gan.Gan(width=16), gan.digits_loader(16))
+    assert not list(tmp_path.iterdir())
+
+
 def test_sheet_puts_picture_n_at_row_and_column(gan: ModuleType) -> None:
     pixels = torch.full((64, 64), -1.0)
     pixels[11] = 1.0  # the second row's fourth picture

@@ -385,3 +385,22 @@ def test_torchmetrics_without_a_batch_value() -> None:
     module.mean.update(1.0)
     with pytest.raises(LogError, match=r"only update\(\) was called"):
         store.log("mean", module.mean)
+
+
+def test_a_metric_that_is_no_single_number_says_what_to_do_instead() -> None:
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import BinaryAccuracy, BinaryConfusionMatrix
+
+    def logged(metric: Any) -> None:
+        store = MetricStore(None, CPU, len)
+        store.begin("test")
+        store.place = BATCH_EVAL
+        store.set_batch([0])
+        metric.update(torch.tensor([0.2, 0.7]), torch.tensor([0, 1]))
+        store.log("found", metric)
+        store.end()
+
+    with pytest.raises(LogError, match=r"log\('found'\) at .*test_workers.py.*\(2, 2\).*epoch-end hook"):
+        logged(BinaryConfusionMatrix())
+    with pytest.raises(LogError, match=r"log\('found'\) at .*test_workers.py.*gave dict.*Use log_dict"):
+        logged(MetricCollection({"accuracy": BinaryAccuracy()}))
