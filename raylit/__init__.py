@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from raylit.callback import Callback
-from raylit.checkpoint import build_from_checkpoint
+from raylit.checkpoint import build_datamodule, build_from_checkpoint
 from raylit.datamodule import DataModule
 from raylit.export import to_onnx, to_program, to_torchscript
 from raylit.module import Module
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 Module._build_from_checkpoint = staticmethod(build_from_checkpoint)
+DataModule._build_from_checkpoint = staticmethod(build_datamodule)
 Module._to_onnx, Module._to_torchscript, Module._to_program = to_onnx, to_torchscript, to_program
 Module._summarize = summarize
 

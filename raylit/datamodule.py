@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
 
 from raylit.errors import NotAttachedError
 from raylit.hparams import HyperparametersMixin
@@ -18,6 +20,8 @@ class DataModule(HyperparametersMixin):
 
     prepare_data_per_node: bool = False
     trainer: Any = None
+    # Stands a floor above; put here by the package's root.
+    _build_from_checkpoint: ClassVar[Callable[..., Any]]
 
     def prepare_data(self) -> None: ...
     def setup(self, stage: str) -> None: ...
@@ -62,6 +66,15 @@ class DataModule(HyperparametersMixin):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` returned."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None,
+                             hparams_file: str | Path | None = None, **kwargs: Any) -> Any:  # fmt: skip
+        """Build the DataModule from the checkpoint of a fit with it: its hyperparameters, then its ``state_dict``.
+
+        Arguments and errors as in ``Module.load_from_checkpoint``.
+        """
+        return cls._build_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # The trainer belongs to one process.

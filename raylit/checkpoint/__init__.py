@@ -2,6 +2,16 @@
 
 from raylit.checkpoint.content import FILE_NAME, apply, check_weights, collect, load_weights, write
 from raylit.checkpoint.read import read
-from raylit.checkpoint.restore import build_from_checkpoint
+from raylit.checkpoint.restore import build_datamodule, build_from_checkpoint
 
-__all__ = ["FILE_NAME", "apply", "build_from_checkpoint", "check_weights", "collect", "load_weights", "read", "write"]
+__all__ = [
+    "FILE_NAME",
+    "apply",
+    "build_datamodule",
+    "build_from_checkpoint",
+    "check_weights",
+    "collect",
+    "load_weights",
+    "read",
+    "write",
+]

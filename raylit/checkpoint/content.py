@@ -62,6 +62,7 @@ def collect(
         checkpoint["callbacks"] = {key: taken(own) for key, own in own_states.items() if own}
     if state.datamodule is not None:
         checkpoint["datamodule_hyper_parameters"] = kept_hyperparameters(state.datamodule)
+        checkpoint["datamodule_hparams_name"] = object_argument(state.datamodule)
         checkpoint[type(state.datamodule).__name__] = taken(state.datamodule.state_dict())
     checkpoint["raylit"] = {"schema": SCHEMA, **({} if weights_only or extra is None else extra)}
     if on_save is not None:

@@ -1,4 +1,4 @@
-"""``Module.load_from_checkpoint``: build a Module from a checkpoint's hyperparameters and weights. Floor 2.
+"""``load_from_checkpoint`` of Module and DataModule: build one from a checkpoint. Floor 2.
 
 The arguments of ``__init__`` are put together from the file, an ``hparams_file`` over it, and the caller's over both.
 """
@@ -50,6 +50,19 @@ def build_from_checkpoint(
     if isinstance(map_location, str | torch.device):
         module.to(map_location)
     return module
+
+
+def build_datamodule(
+    cls: type[Any], path: Any, map_location: Any, hparams_file: str | Path | None, overrides: dict[str, Any]
+) -> Any:
+    """Return the DataModule of a checkpoint: its hyperparameters as above, then its state. Errors as above."""
+    params = _read_hparams_file(hparams_file)
+    checkpoint = read(path, "cpu" if map_location is None else map_location)
+    params = _as_dict(checkpoint.get("datamodule_hyper_parameters")) | params
+    datamodule = _construct(cls, params, checkpoint.get("datamodule_hparams_name"), overrides)
+    if cls.__name__ in checkpoint:
+        datamodule.load_state_dict(checkpoint[cls.__name__])
+    return datamodule
 
 
 def _read_hparams_file(path: str | Path | None) -> dict[str, Any]:

@@ -327,6 +327,32 @@ def test_hooks_and_late_layers(tmp_path: Path) -> None:
     assert loaded.training and all(p.requires_grad for p in loaded.parameters())
 
 
+def test_a_datamodule(tmp_path: Path) -> None:
+    class Data(raylit.DataModule):
+        def __init__(self, folder: Path, size: int = 4) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.folder, self.count = folder, 0
+
+        def train_dataloader(self) -> Any:
+            self.count += 1
+            return [torch.ones(self.hparams.size, 3)]
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["count"]
+
+    result = quiet(tmp_path, enable_checkpointing=True).fit(Net(4), datamodule=Data(Path("x"), 2))
+    loaded = Data.load_from_checkpoint(result.checkpoint)
+    assert (loaded.folder, loaded.hparams.size, loaded.count) == (Path("x"), 2, 1)
+    assert Data.load_from_checkpoint(result.checkpoint, size=9).hparams.size == 9
+    assert Net.load_from_checkpoint(result.checkpoint).hparams == {"width": 4, "lr": 0.1}
+    with pytest.raises(CheckpointError, match="Data needs folder"):
+        Data.load_from_checkpoint(save(tmp_path / "bare", Net(4)))
+
+
 # -- files of Lightning's --------------------------------------------------------------------------------------------
 def lightning_file(module: nn.Module, **more: Any) -> dict[str, Any]:
     """The keys and kinds of values that Lightning 2.x writes."""
