@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 import raylit
+from tests.two_process.harness import Processes, run_here
 
+MAIN = str(Path(__file__).resolve().parents[2] / "examples" / "02_gan" / "main.py")
 Load = Callable[[str], ModuleType]
 
 
@@ -68,6 +72,52 @@ def test_critic_step_equals_the_same_step_written_by_hand(gan: ModuleType, tmp_p
     optimizer.step()
     for name, value in hand.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value, msg=name)
+
+
+class Seeded(raylit.Callback):
+    """The same noise in each batch of each rank, however it is run."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(10 * batch_idx + trainer.global_rank)
+
+
+def pixels_and_gan() -> tuple[torch.Tensor, Any]:
+    torch.manual_seed(0)
+    gan = runpy.run_path(MAIN)["Gan"](width=16, picture_every=100)
+    return torch.rand(6 * 2 * 4, 64) * 2 - 1, gan
+
+
+def train_as_a_worker(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    pixels, gan = pixels_and_gan()
+    gan.on_train_epoch_end = lambda: None  # no pictures
+    loader = DataLoader(torch.utils.data.TensorDataset(pixels), batch_size=4)
+    return run_here(gan, loader, rank=rank, world_size=world_size, callbacks=[Seeded()]).weights
+
+
+def test_two_workers_average_the_gradients_of_the_penalty_too(two: Processes) -> None:
+    first, second = two(train_as_a_worker)
+    pixels, gan = pixels_and_gan()
+    parts = (gan.critic, gan.generator)
+    optimizers = [torch.optim.Adam(part.parameters(), lr=4e-4, betas=(0.0, 0.9)) for part in parts]
+    for batch_idx in range(6):
+        for rank in range(2):
+            torch.manual_seed(10 * batch_idx + rank)
+            real = pixels[8 * batch_idx + 4 * rank :][:4]
+            fake = gan.generator(torch.randn(4, 32))
+            if batch_idx == 5:
+                loss = -gan.critic(fake).mean()
+            else:
+                fake, share = fake.detach(), torch.rand(4, 1)
+                between = (share * real + (1 - share) * fake).requires_grad_()
+                (gradient,) = torch.autograd.grad(gan.critic(between).sum(), between, create_graph=True)
+                penalty = ((gradient.norm(dim=1) - 1) ** 2).mean()
+                loss = 10 * penalty - gan.critic(real).mean() + gan.critic(fake).mean()
+            (loss / 2).backward()
+        optimizers[batch_idx == 5].step()
+        gan.zero_grad()
+    for name, value in gan.named_parameters():
+        torch.testing.assert_close(first[name], value.detach(), msg=name)
+        torch.testing.assert_close(second[name], value.detach(), msg=name)
 
 
 def test_pictures_are_written_every_few_epochs_and_at_the_end(gan: ModuleType, tmp_path: Path) -> None:
