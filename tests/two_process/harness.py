@@ -156,7 +156,7 @@ class Ran:
 
 def run_here(
     module: Any, loaders: Any = None, *, stage: str = "fit", rank: int = 0, world_size: int = 1, val: Any = None,
-    datamodule: Any = None, callbacks: Any = (), order_seed: int = 0, checkpoint: Any = None,
+    datamodule: Any = None, callbacks: Any = (), loggers: Any = (), order_seed: int = 0, checkpoint: Any = None,
     own_states: Any = None, checkpointer: Any = None, nodes: int = 1, **arguments: Any,
 ) -> Ran:  # fmt: skip
     """Run one stage in this process as the given rank, past the driver: what a Ray worker does.
@@ -180,6 +180,7 @@ def run_here(
     passed = {name: loader for name, loader in ((kind, loaders), ("validate", val)) if loader is not None}
     spec = RunSpec(
         Stage(stage), config, module, datamodule=datamodule, loaders=passed, callbacks=list(callbacks),
+        loggers=list(loggers),
         order_seed=order_seed, checkpoint=checkpoint, own_states=own_states or {}, checkpointer=checkpointer,
     )  # fmt: skip
     each = world_size // nodes

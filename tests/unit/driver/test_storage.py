@@ -10,6 +10,7 @@ from typing import Any
 
 import cloudpickle
 import pyarrow.fs
+import pyarrow.parquet
 import pytest
 import torch
 from torch import nn
@@ -113,6 +114,25 @@ def test_a_run_in_this_process_is_copied_to_its_storage(bucket: Any) -> None:
     assert {"mine", "tested"} <= files(bucket)
     with pytest.raises(RunExistsError):
         trainer(BUCKET).fit(Net(), loader())
+
+
+def test_a_test_goes_on_with_the_files_of_the_fit_on_the_storage(bucket: Any) -> None:
+    class Logs(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("loss", 1.0)
+            return super().training_step(batch, batch_idx)
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("test", 2.0)
+
+    fit = trainer(BUCKET, logger=CSVLogger(), log_every_n_steps=2)
+    fit.fit(Logs(), loader())
+    with pyarrow.fs.FileSystem.from_uri(BUCKET)[0].open_input_file("/bucket/one/history.parquet") as file:
+        assert pyarrow.parquet.read_table(file).equals(fit.history)
+    fit.test(dataloaders=loader())
+    with bucket.open_input_stream("/bucket/one/metrics.csv") as file:
+        assert file.read().decode() == "step,loss,test\n2,1.0,\n4,1.0,\n4,,2.0\n"
+    assert fit.logger.log_dir is None  # no folder of this machine
 
 
 def test_a_run_that_fails_is_copied_to_its_storage_too(bucket: Any) -> None:
