@@ -45,6 +45,27 @@ class ModuleRun(Protocol):
     def restore_modes(self) -> None: ...
 
 
+class gives_way(property):
+    """A property until a Module sets an attribute or a layer of this name: in Lightning 2.x the name is free.
+
+    ``self.precision = torchmetrics.Precision(...)`` is what it is about.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        if self._name in module.__dict__:
+            return module.__dict__[self._name]
+        layers = module.__dict__.get("_modules", {})
+        return layers[self._name] if self._name in layers else super().__get__(module, owner)
+
+    def __set__(self, module: Any, value: Any) -> None:
+        module.__dict__[self._name] = value
+
+
 class Module(HyperparametersMixin, nn.Module):
     """A ``torch.nn.Module`` with hooks. Only ``training_step`` and ``configure_optimizers`` must be there to train."""
 
@@ -377,7 +398,7 @@ class Module(HyperparametersMixin, nn.Module):
         """The loggers of the run."""
         return [] if self._view is None else self._view.loggers
 
-    @property
+    @gives_way
     def datamodule(self) -> Any:
         """The DataModule of the run, or None."""
         return None if self._view is None else self._view.datamodule
@@ -398,37 +419,37 @@ class Module(HyperparametersMixin, nn.Module):
         first = next((p for p in self.parameters() if p.is_floating_point()), None)
         return torch.get_default_dtype() if first is None else first.dtype
 
-    @property
+    @gives_way
     def precision(self) -> str:
         """Number format of the run."""
         return "32-true" if self._view is None else self._view.precision
 
-    @property
+    @gives_way
     def use_amp(self) -> bool:
         """True under mixed precision."""
-        return self.precision.endswith("mixed")
+        return self._view is not None and self._view.precision.endswith("mixed")
 
     @property
     def on_gpu(self) -> bool:
         """True where the parameters lie on a CUDA device."""
         return self.device.type == "cuda"
 
-    @property
+    @gives_way
     def use_tpu(self) -> bool:
         """Always False: raylit runs on CPUs and CUDA GPUs."""
         return False
 
-    @property
+    @gives_way
     def use_ddp(self) -> bool:
         """True where several workers run torch DDP."""
         return self._strategy == "ddp"
 
-    @property
+    @gives_way
     def use_ddp2(self) -> bool:
         """True under the ``ddp2`` strategy."""
         return self._strategy == "ddp2"
 
-    @property
+    @gives_way
     def use_dp(self) -> bool:
         """True under the ``dp`` strategy."""
         return self._strategy == "dp"

@@ -6,11 +6,14 @@ the numbers of one process on all of it, and one process with those of a loop th
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from torch import nn
 from torch.nn import functional as F
 
@@ -392,3 +395,45 @@ def test_callbacks_and_datamodules(two: Processes) -> None:
     ]
     assert around_case(0, 1) == expected
     assert two(around_case) == [expected] * 2
+
+
+# -- names that raylit has and Lightning 2.x leaves free ---------------------------------------------------------------
+class Named(Modern):
+    def __init__(self) -> None:
+        super().__init__()
+        self.precision = torchmetrics.MeanMetric()  # as torchmetrics.Precision is often called
+        self.datamodule = "a word"
+        self.use_amp = True
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.precision(batch[0].mean())
+        self.log("precision", self.precision)
+
+
+def named_case(rank: int, world_size: int) -> Any:
+    ran = run_here(Named(), loader(ROWS, 4), val=loader(ROWS, 4), rank=rank, world_size=world_size)
+    return ran.module.datamodule, ran.module.use_amp, ran.metrics["precision"], ran.trainer.precision
+
+
+def test_a_modules_own_attributes_go_before_those_that_lightning_2_has_not(two: Processes) -> None:
+    mean = samples(ROWS).tensors[0].mean().item()
+    for words, amp, logged, precision in [named_case(0, 1), *two(named_case)]:
+        assert (words, amp, precision) == ("a word", True, "32-true")
+        assert logged == pytest.approx(mean, abs=1e-6)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(Named())))
+    assert isinstance(copied.precision, torchmetrics.MeanMetric) and copied.datamodule == "a word"
+    assert "precision.mean_value" not in copied.state_dict()  # a metric's state is no weight
+    assert Modern().precision == "32-true" and Modern().datamodule is None
+
+
+def test_a_layer_and_a_class_attribute_of_such_a_name() -> None:
+    class Own(pl.Module):
+        use_dp = "mine"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.use_ddp = nn.Linear(1, 1)
+
+    module = Own()
+    assert module.use_dp == "mine" and isinstance(module.use_ddp, nn.Linear) and module.use_ddp2 is False
+    assert set(module.state_dict()) == {"use_ddp.weight", "use_ddp.bias"}
