@@ -48,6 +48,8 @@ from raylit.strategies import DDP, DDP2, DataParallel, SingleDevice
 from raylit.strategies.collective import LocalCollective
 from raylit.view import RunState, TrainerView, WorkerTrainer
 from raylit.wire import Job, World
+from raylit.worker.going_on import load_newest, stores_of
+from raylit.worker.keeper import CheckpointKeeper
 from raylit.worker.loaders import Loaders
 from raylit.worker.output import RunOutput
 from raylit.worker.profiled import ProfiledRun
@@ -79,7 +81,9 @@ class RunSpec:
     global_step: int = 0
     checkpoint: dict[str, Any] | None = None  # a loaded checkpoint to go on from
     own_states: dict[int, dict[str, Any]] = field(default_factory=dict)  # its ranks' own parts
-    checkpointer: Checkpointer | None = None  # asked at every safe point of a fit
+    checkpointer: Checkpointer | None = None  # asked at every safe point of a fit; None: the keeper, where it keeps
+    storage: str | None = None  # the run folder as it was given, path or URI: checkpoints are written there at once
+    looks_back: bool = False  # goes on from the newest state in the run folder, where there is one
 
 
 @dataclass
@@ -91,6 +95,7 @@ class RunOutcome:
     module: Module
     callbacks: list[Callback]
     checkpoint: RunSnapshot | None = None
+    newest: str | None = None  # the newest checkpoint in the run folder, by its name
 
 
 def pick_device(world: World, use_gpu: bool | str) -> torch.device:
@@ -121,6 +126,12 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
     strategy = pick_strategy(fit.strategy, world, device, fit.sync_batchnorm)
     state.strategy_name = strategy.name
     precision = make_precision(fit.precision, device.type)
+    notes: list[str] = []
+    if spec.stage is Stage.FIT and spec.looks_back and spec.storage is not None:
+        stores = stores_of(spec.callbacks, spec.storage, spec.run_filesystem)
+        newest = load_newest(stores, spec.storage, strategy.collective, notes.append)
+        if newest is not None:
+            spec.checkpoint, spec.own_states = newest
     order_seed = spec.order_seed
     if spec.checkpoint is not None and spec.stage is Stage.FIT:
         # The samples' order is the saved run's, whatever this script has drawn from its generators.
@@ -155,8 +166,13 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         move=to_device, split_time=split_time, order_seed=order_seed,
     )  # fmt: skip
     parts.on_save = checkpoint_hook(parts, "on_save_checkpoint")
-    parts.checkpointer = spec.checkpointer
-    parts.keeps_last = spec.stage is Stage.FIT and fit.enable_checkpointing
+    keeper = None
+    if spec.stage is Stage.FIT and fit.enable_checkpointing and spec.storage is not None:
+        keeper = CheckpointKeeper(parts, spec.storage, spec.run_filesystem)
+    parts.checkpointer = spec.checkpointer or keeper
+    parts.keeps_last = spec.stage is Stage.FIT and fit.enable_checkpointing and keeper is None
+    for note in notes:
+        output.note(note)
     state.save = lambda path, weights_only: save_checkpoint(parts, path, weights_only)
     if spec.checkpoint is not None:
         _go_on(parts, spec)
@@ -167,12 +183,16 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
     log_hyperparams(spec, state)
     with torch_settings(fit.deterministic, fit.benchmark):
         try:
+            if keeper is not None:
+                keeper.start()
             result = run_stage(parts, spec.stage)
         finally:
+            if keeper is not None:
+                keeper.close()
             state.save = None
             output.finalize(state.status.value)
             strategy.teardown()
-    return RunOutcome(state, result, spec.module, spec.callbacks, result.last)
+    return RunOutcome(state, result, spec.module, spec.callbacks, result.last, keeper.newest if keeper else None)
 
 
 def _go_on(parts: Parts, spec: RunSpec) -> None:
@@ -400,10 +420,11 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     with local_folder(spec.run_folder, spec.run_filesystem, begun) as spec.run_folder:
         with watched(view._state, world, spec.config.fit.progress_timeout_s, channel):
             outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)
-    if spec.stage is Stage.FIT and spec.config.fit.enable_checkpointing and world.storage_path is not None:
-        from raylit.worker.report import report_checkpoint
+    if spec.stage is Stage.FIT and spec.storage is not None and world.storage_path is not None:
+        from raylit.worker.report import report_newest
 
-        report_checkpoint(outcome.checkpoint, metrics_as_floats(outcome.state.callback_metrics))
+        store = stores_of((), spec.storage, spec.run_filesystem)[0]
+        report_newest(store, outcome.newest, metrics_as_floats(outcome.state.callback_metrics))
     if departure is None:
         return b""
     return pack(outcome, departure, view)

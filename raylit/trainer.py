@@ -89,7 +89,8 @@ class Trainer(TrainerView):
         failure_config: Any = None,
         name: str | None = None,
         storage_path: str | None = None,
-        max_failures: int = 0,
+        resume: str | None = None,
+        max_failures: int | None = None,
         progress_timeout: str | timedelta | Mapping[str, int] | None = "00:00:30:00",
         runtime_env: Mapping[str, Any] | None = None,
         prepare_data_per_node: bool | None = None,
@@ -99,6 +100,8 @@ class Trainer(TrainerView):
         given = {key: value for key, value in locals().items() if key not in ("self", "unknown", "__class__")}
         super().__init__(RunState())
         self._last_checkpoint: Any = None  # of the last fit
+        self._run_folder: str | None = None  # of the last fit, where it has one
+        self._own_checkpoints: Any = None  # the ModelCheckpoint of fits that were given none
         failed: ConfigError | None = None
         try:
             self._config = parse_trainer_args(**given, **unknown)
@@ -168,12 +171,13 @@ class Trainer(TrainerView):
         return predicted
 
     def _evaluate(self, stage: Stage, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: Any) -> Any:
-        model = self._check_model(self._state.module if model is None else model, stage.value)
+        same_model = model is None
+        model = self._check_model(self._state.module if same_model else model, stage.value)
         datamodule = self._datamodule(datamodule, dataloaders, stage.value)
         from raylit.driver import faults, runs
 
         try:
-            return runs.evaluate(self, stage, model, {stage.value: dataloaders}, datamodule, ckpt_path)
+            return runs.evaluate(self, stage, model, {stage.value: dataloaders}, datamodule, ckpt_path, same_model)
         except Exception as error:
             failed = faults.for_caller(error)
         raise failed

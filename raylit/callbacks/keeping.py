@@ -34,6 +34,10 @@ class Kept:
         """All of them, each once."""
         return tuple(dict.fromkeys([*(name for name, _ in self.best), *([self.last] if self.last else [])]))
 
+    def without(self, name: str) -> Kept:
+        """The others."""
+        return Kept(tuple(each for each in self.best if each[0] != name), None if self.last == name else self.last)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -105,25 +109,21 @@ class Moment:
     step: int  # optimizer steps done
     epoch: int  # number of the epoch that runs, or has just ended
     epoch_over: bool = False  # the epoch has no batch left
-    fresh: bool = True  # the monitored metric was measured on these weights; True where none is monitored
-    ranked: bool = False  # a metric is monitored
-    within: bool = False  # the fit validates within epochs
+    measured: bool = True  # the monitored metric was reduced on these weights; True where none is monitored
 
 
 def due(when: When, moment: Moment, last_step: int) -> bool:
     """Does this safe point ask for a checkpoint? Time is not asked here. ``last_step``: of the last time by steps."""
-    point = moment.point
+    point, every = moment.point, when.every_n_steps
     if point in (SafePoint.END, SafePoint.INTERRUPT):
         return True
-    stepped = moment.step != last_step and moment.step % when.every_n_steps == 0 if when.every_n_steps else False
-    if point is not SafePoint.EPOCH and stepped:
+    if every and point is not SafePoint.EPOCH and moment.step != last_step and moment.step % every == 0:
         return True
     if not when.every_n_epochs or (moment.epoch + 1) % when.every_n_epochs:
         return False
     if point is SafePoint.EPOCH:
-        return when.at_epoch_end is True or (when.at_epoch_end is None and moment.fresh)
-    if point is SafePoint.VALIDATION:
-        if when.at_epoch_end is None:  # at its end the epoch's own metrics come in a moment
-            return not moment.epoch_over and moment.within and (moment.fresh or not moment.ranked)
-        return when.at_epoch_end is False
-    return False
+        return when.at_epoch_end is not False
+    if point is not SafePoint.VALIDATION or when.at_epoch_end is True:
+        return False
+    # At the epoch's end the checkpoint waits for the epoch's own metrics, which come in a moment.
+    return when.at_epoch_end is False or (moment.measured and not moment.epoch_over)

@@ -26,6 +26,8 @@ _ARGUMENTS = (
     "save_on_train_epoch_end", "enable_version_counter", "every_n_seconds",
 )  # fmt: skip
 FILE_NAME = "model.ckpt"  # within a checkpoint's folder, as raylit/checkpoint/content.py writes it
+_STATE: tuple[str, ...] = ("monitor", "best_model_score", "best_model_path", "current_score", "dirpath",
+                           "best_k_models", "kth_best_model_path", "kth_value", "last_model_path")  # fmt: skip
 _FIELD = re.compile(r"\{([^{}:!]*)([^{}]*)\}")
 DEFAULT_EVERY_S = 300.0  # of the checkpoints that a run without a ModelCheckpoint keeps at epoch ends
 
@@ -36,13 +38,13 @@ class ModelCheckpoint(Callback):
     ``dirpath``: folder or URI for the checkpoints; None: ``checkpoints`` in the run folder. ``filename``: a name with
     ``{epoch:02d}-{val_loss:.2f}``; ``auto_insert_metric_name`` writes ``epoch=02-val_loss=0.12``. ``monitor``: the
     metric to rank by, ``mode`` ``"min"`` or ``"max"``; None: the newest is the best. ``save_top_k``: so many are kept;
-    -1 all, 0 none. ``save_last``: True (or ``"link"``): the newest state, always; None: the state at the end of the fit;
-    False: neither. ``save_weights_only``: no fit can go on from such a file. ``verbose``: print what is saved.
+    -1 all, 0 none. ``save_last``: True (or ``"link"``): the newest state, always; None: the state at the end of the
+    fit; False: neither. ``save_weights_only``: no fit can go on from such a file. ``verbose``: print what is saved.
 
     One of: ``every_n_train_steps``; ``every_n_epochs`` (the default: 1); ``train_time_interval``, a timedelta or as
     Trainer's ``max_time``; ``every_n_seconds``. ``save_on_train_epoch_end``: with epochs, True: at their end; False:
-    after each validation; None: at their end, and after validations within them. A checkpoint has only metrics that were
-    measured on its own weights, so one that validation did not precede is never ranked by a validation metric.
+    after each validation; None: at their end, and after validations within them. A checkpoint has only metrics that
+    were measured on its own weights: where ``monitor`` was not, ranking waits for the next state where it is.
     ``enable_version_counter=False``: of two of one name the earlier goes, once the later one is there.
 
     A checkpoint is a folder with ``model.ckpt``, whose path the attributes hold, on the driver too:
@@ -75,8 +77,7 @@ class ModelCheckpoint(Callback):
         self.auto_insert_metric_name = bool(auto_insert_metric_name)
         self.enable_version_counter = bool(enable_version_counter)
         self.filename = _filename(filename)
-        self.dirpath = None if dirpath is None else _folder(dirpath)
-        self._own_folder = self.dirpath is not None
+        self.own_folder = self.dirpath = None if dirpath is None else _folder(dirpath)
         self.train_time_interval = _interval(train_time_interval)
         self.every_n_seconds = _seconds(every_n_seconds)
         self.every_n_train_steps = _or_none("every_n_train_steps", every_n_train_steps)
@@ -84,6 +85,7 @@ class ModelCheckpoint(Callback):
         self.save_on_train_epoch_end = save_on_train_epoch_end
         self.when = self._when()
         self.rules = Rules(self.save_top_k, monitor is not None, self.mode, self.save_last)
+        self._told = _STATE
         self._forget()
         self.format_checkpoint_name({})  # a format that cannot be used is refused here
 
@@ -92,6 +94,7 @@ class ModelCheckpoint(Callback):
         """What a run without a ModelCheckpoint has: the newest state, at the end and now and then at an epoch's."""
         callback = cls()
         callback.when = When(every_n_epochs=1, at_epoch_end=True, least_s=DEFAULT_EVERY_S)
+        callback._told = ()  # nobody asked for it: checkpoints say nothing of it
         return callback
 
     def _when(self) -> When:
@@ -183,10 +186,7 @@ class ModelCheckpoint(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is kept; the checkpoint that this goes into counts as written."""
-        return {name: getattr(self, name) for name in (
-            "monitor", "best_model_score", "best_model_path", "current_score", "dirpath", "best_k_models",
-            "kth_best_model_path", "kth_value", "last_model_path",
-        )}  # fmt: skip
+        return {name: getattr(self, name) for name in self._told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember another run's best, until there is one of this run; its files are not touched.

@@ -85,14 +85,14 @@ class Folder:
                  clock: Clock | None = None) -> None:  # fmt: skip
         self.path = path.rstrip("/") or "/"
         self.local = filesystem is None and "://" not in path
-        self._given = filesystem
+        self.given_filesystem = filesystem
         self._patience_s, self._clock = patience_s, clock or Clock()
         self._disk: _Disk | _Storage | None = None
 
     @property
     def _on(self) -> _Disk | _Storage:
         if self._disk is None:  # looked up late: a URI's storage may be away, and its library takes time to load
-            self._disk = _Disk(self.path) if self.local else _Storage(self.path, self._given)
+            self._disk = _Disk(self.path) if self.local else _Storage(self.path, self.given_filesystem)
         return self._disk
 
     @property

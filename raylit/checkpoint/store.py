@@ -102,6 +102,11 @@ class Store:
         """The path, or URI, of a checkpoint's folder."""
         return f"{self.folder.path}/{name}"
 
+    @property
+    def given_filesystem(self) -> Any:
+        """pyarrow's filesystem that the folder was given with; None where its path or URI says it all."""
+        return self.folder.given_filesystem
+
     # -- reading -------------------------------------------------------------------------------------------------
     def survey(self) -> list[Found]:
         """Look at every folder's manifest, not at the files; those without a manifest first, then by age."""
@@ -145,12 +150,16 @@ class Store:
         """
         return self._first_whole(reversed(self.manifests()), accepted, damaged)
 
-    def best(self, monitor: str | None = None, damaged: list[Found] | None = None) -> Manifest | None:
-        """Return the whole checkpoint with the best score, of those ranked by ``monitor`` (None: by any)."""
+    def best(self, monitor: str | None = None, run: str | None = None,
+             damaged: list[Found] | None = None) -> Manifest | None:  # fmt: skip
+        """Return the whole checkpoint with the best score, of those ranked by ``monitor`` (None: by any).
+
+        ``run``: of this run's alone; None: of all that are here.
+        """
         ranked = [each for each in self.manifests()
                   if each.score is not None and (monitor is None or each.monitor == monitor)]  # fmt: skip
         ranked.sort(key=lambda each: worse_last(each.score, each.mode))
-        return self._first_whole(ranked, lambda each: True, damaged)
+        return self._first_whole(ranked, lambda each: run is None or each.run == run, damaged)
 
     def _first_whole(self, manifests: Iterable[Manifest], accepted: Callable[[Manifest], bool],
                      damaged: list[Found] | None) -> Manifest | None:  # fmt: skip

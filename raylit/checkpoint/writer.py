@@ -40,7 +40,8 @@ class Outcome:
 
     job: Job
     error: str | None = None  # None: it is written (on rank 0: whole)
-    left_over: list[str] = field(default_factory=list)  # what could not be deleted, and why
+    deleted: list[str] = field(default_factory=list)  # of the obsolete ones
+    left_over: list[str] = field(default_factory=list)  # those that could not be deleted, and why
 
 
 class Writer:
@@ -51,7 +52,7 @@ class Writer:
         self._clock = clock or Clock()
         self._thread: threading.Thread | None = None
         self._outcomes: list[Outcome] = []
-        self.failed = False  # a save has failed since the last ``wait``; read without a lock
+        self.failed: Outcome | None = None  # of the save in flight; read without a lock
 
     @property
     def busy(self) -> bool:
@@ -63,7 +64,7 @@ class Writer:
         if self._thread is not None:
             raise CheckpointError("a save is in flight: wait() for it first")
         pending = [snapshot]  # handed over: the copy goes when it is written
-        self._outcomes, self.failed = [], False
+        self._outcomes, self.failed = [], None
         # A daemon: a process that is told to end does not wait for a storage that is away.
         self._thread = threading.Thread(target=self._run, args=(tuple(jobs), pending), name="raylit-checkpoint",
                                         daemon=True)  # fmt: skip
@@ -76,7 +77,7 @@ class Writer:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             return []
-        self._thread, outcomes, self._outcomes, self.failed = None, self._outcomes, [], False
+        self._thread, outcomes, self._outcomes, self.failed = None, self._outcomes, [], None
         return outcomes
 
     # -- in the thread -------------------------------------------------------------------------------------------
@@ -91,9 +92,10 @@ class Writer:
                 self._clean_up(job, outcome.error)
             else:
                 if self._rank == 0:
-                    outcome.left_over = _delete(job.store, job.obsolete)
+                    _delete(outcome)
             self._outcomes.append(outcome)
-            self.failed = self.failed or outcome.error is not None
+            if outcome.error is not None:
+                self.failed = outcome
 
     def _write(self, job: Job, snapshot: RunSnapshot) -> None:
         store, name = job.store, job.manifest.name
@@ -151,15 +153,15 @@ def _note(job: Job, rank: int) -> str:
     return f"{job.manifest.name}/{file_name(rank)}.json"
 
 
-def _delete(store: Store, names: Sequence[str]) -> list[str]:
-    """Delete checkpoints; what cannot be deleted stays, and is named."""
-    left = []
-    for name in names:
+def _delete(outcome: Outcome) -> None:
+    """Delete what the checkpoint makes obsolete; what cannot be deleted stays, and is named."""
+    store = outcome.job.store
+    for name in outcome.job.obsolete:
         try:
             store.delete(name)
+            outcome.deleted.append(name)
         except OSError as error:
-            left.append(f"{store.path_of(name)}: {_worded(error)}")
-    return left
+            outcome.left_over.append(f"{store.path_of(name)}: {_worded(error)}")
 
 
 def _tried(action: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raylit.config.checks import number, one_of, refuse, show, whole
+from raylit.config.checks import number, one_of, refuse, show, whole, whole_or_none
 from raylit.errors import ConfigError
 
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -38,7 +38,8 @@ class PlacementConfig:
     failure_config: Any = None
     name: str | None = None  # None: made up when the run starts
     storage_path: str | None = None  # a pyarrow.fs URI or path; None: Ray's default
-    max_failures: int = 0  # -1: any number
+    resume: str | None = None  # "auto": go on with the run of this name, where there is one
+    max_failures: int | None = None  # -1: any number; None: 3 after a lost worker, where checkpoints are kept
     runtime_env: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -49,7 +50,8 @@ class PlacementConfig:
             "placement_strategy": _placement(self.placement_strategy),
             "name": _run_name(self.name),
             "storage_path": _storage(self.storage_path),
-            "max_failures": whole("max_failures", self.max_failures, -1, "-1: any number"),
+            "resume": None if self.resume is None else one_of("resume", self.resume, ("auto",)),
+            "max_failures": whole_or_none("max_failures", self.max_failures, -1, "-1: any number"),
             "runtime_env": _runtime_env(self.runtime_env),
         }
         for argument, class_name in (
@@ -62,8 +64,13 @@ class PlacementConfig:
         _merge_scaling(checked, self.scaling_config)
         _merge_run(checked, self.run_config)
         if checked["failure_config"] is not None:
-            _merge(checked, "max_failures", 0, "failure_config.max_failures", checked["failure_config"].max_failures)
+            _merge(checked, "max_failures", None, "failure_config.max_failures", checked["failure_config"].max_failures)
         _check_gpu(checked)
+        if checked["resume"] is not None and checked["name"] is None:
+            raise ConfigError(
+                "Trainer(resume='auto') goes on with the run of the same name, and there is none: give name='...', the "
+                "same each time"
+            )
         for name, value in checked.items():
             # The plain form replaces what was given; the dataclass is frozen for everyone else.
             object.__setattr__(self, name, value)
@@ -88,7 +95,7 @@ class PlacementConfig:
             "resources_per_worker": None,
             "placement_strategy": None,
             "failure_config": None,
-            "max_failures": 0,
+            "max_failures": None,
             "runtime_env": None,
         }
         return tuple(argument for argument, default in only_ray.items() if getattr(self, argument) != default)
@@ -215,6 +222,12 @@ def _merge_run(checked: dict[str, Any], run: Any) -> None:
         _merge(checked, "storage_path", None, "run_config.storage_path", _storage(run.storage_path))
     if run.failure_config is not None and run.failure_config != blank.failure_config:
         _merge(checked, "failure_config", None, "run_config.failure_config", run.failure_config)
+    keeps = run.checkpoint_config
+    if keeps is not None and (keeps.num_to_keep is not None or keeps.checkpoint_score_attribute is not None):
+        raise ConfigError(
+            "Trainer(run_config=...): its checkpoint_config would have Ray delete checkpoints that raylit counts on. "
+            "Say what is kept with callbacks=[raylit.callbacks.ModelCheckpoint(monitor=..., save_top_k=...)]"
+        )
     if run.worker_runtime_env:
         _merge(checked, "runtime_env", None, "run_config.worker_runtime_env", run.worker_runtime_env)
 

@@ -30,6 +30,30 @@ def new_name(module_name: str) -> str:
     return f"{module_name}-{now}-{secrets.token_hex(2)}"
 
 
+def place_of(placement: PlacementConfig) -> str:
+    """The folder, path or URI, of the run that the Trainer names."""
+    storage = placement.storage_path or default_storage()
+    if filesystem_of(placement) is None and storage.startswith("file:"):
+        storage = _path_of(storage)
+    if is_remote(storage, filesystem_of(placement)):
+        return f"{storage}/{placement.name}"
+    return os.path.join(os.path.abspath(os.path.expanduser(storage)), placement.name or "")
+
+
+def exists(placement: PlacementConfig, folder: str) -> bool:
+    """Tell whether a run's folder is there and holds something."""
+    filesystem = filesystem_of(placement)
+    if not is_remote(folder, filesystem):
+        return os.path.isdir(folder) and bool(os.listdir(folder))
+    import pyarrow.fs
+
+    try:
+        filesystem, path = resolved(folder, filesystem)
+        return bool(filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the storage of {folder} cannot be read: {str(error).splitlines()[0]}") from None
+
+
 def claim(placement: PlacementConfig, module_name: str, stage: Stage = Stage.FIT) -> str:
     """Return the run's folder (path or URI) after checking that it is new and can be written.
 
@@ -111,7 +135,7 @@ def _claim_remote(storage: str, name: str, filesystem: Any) -> str:
 def _taken(name: str, storage: str) -> RunExistsError:
     return RunExistsError(
         f"a run named {name!r} exists in {storage}; raylit overwrites nothing. Choose another name=, or leave it out "
-        "and each run gets its own"
+        "and each run gets its own; to go on with it: resume='auto', or fit(ckpt_path='last')"
     )
 
 

@@ -52,12 +52,14 @@ def launch(
     runtime_env: Mapping[str, Any] | None = None,
     worker_main: str = DEFAULT_WORKER_MAIN,
     on_event: OnEvent | None = None,
+    again: bool = False,
 ) -> Launched:
     """Run ``worker_main`` on ``num_workers`` Ray Train workers and return rank 0's outcome.
 
     ``scaling_config``, ``run_config`` and ``failure_config`` are Ray's own; the shorthands that are given fill them
     in. ``on_event`` gets the workers' live events (dicts; prints are ``{"kind": "print", ...}``) in a thread of this
-    process. Raises what the worker raised, :class:`WorkerLostError` where a worker process died,
+    process. ``again``: a restart, which waits for a cluster that has lost a node. Raises what the worker raised,
+    :class:`WorkerLostError` where a worker process died,
     :class:`ResourceError` where the cluster cannot give what is asked, KeyboardInterrupt after Ctrl-C.
     """
     from raylit.driver.pool import release  # the pool builds on this module
@@ -65,7 +67,8 @@ def launch(
     cluster.connect(runtime_env)
     release()  # workers that an evaluation left hold resources that this run needs
     scaling = merge_scaling(scaling_config, num_workers, use_gpu, resources_per_worker, placement_strategy)
-    cluster.check_fits(scaling.min_workers, scaling.resources_per_worker, bool(scaling.use_gpu))
+    if not again:
+        cluster.check_fits(scaling.min_workers, scaling.resources_per_worker, bool(scaling.use_gpu))
     run = merge_run(run_config, failure_config, name, storage_path, max_failures, runtime_env)
     error: BaseException
     with open_channel(on_event) as channel, cluster.run_settings():
@@ -303,7 +306,7 @@ def lost_error(lost: Mapping[int, BaseException], workers: Mapping[int, tuple[st
     error = WorkerLostError(
         f"{who}{others} died without an exception: {told[:400]}\n"
         "Killed by the system (out of memory?), by a signal, or its node was lost. "
-        "max_failures=N starts such a run again, from its beginning."
+        "max_failures=N starts such a run again, from its newest checkpoint."
     )
     error.__dict__.update(raylit_rank=rank, raylit_node=workers[rank][0] if rank in workers else None)
     return error

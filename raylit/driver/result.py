@@ -59,17 +59,13 @@ class LocalResult:
     checkpoint: LocalCheckpoint | None = None
     path: str | None = None
     error: Exception | None = None
-
-    @property
-    def best_checkpoints(self) -> list[tuple[LocalCheckpoint, dict[str, float]]]:
-        """The kept checkpoints with their metrics."""
-        return [] if self.checkpoint is None else [(self.checkpoint, self.metrics)]
+    best_checkpoints: list[tuple[LocalCheckpoint, dict[str, float]]] = field(default_factory=list)  # all that are kept
 
     @property
     def metrics_dataframe(self) -> Any:
         """One row of metrics for each kept checkpoint, as a pandas DataFrame; None without checkpoint."""
-        if self.checkpoint is None:
+        if not self.best_checkpoints:
             return None
         import pandas as pd
 
-        return pd.DataFrame([self.metrics])
+        return pd.DataFrame([metrics for _, metrics in self.best_checkpoints])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,72 +19,84 @@ from raylit.callback import Callback
 from raylit.callbacks.configuring import configured
 from raylit.checkpoint import check_weights, read
 from raylit.checkpoint.content import check_resumable
+from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.ranks import read_ranks
 from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
 from raylit.driver import folder as folders
+from raylit.driver.going_on import for_evaluation, for_fit, kept_by, with_checkpoints
 from raylit.driver.hooks import check_hooks, require
-from raylit.driver.result import LocalCheckpoint, LocalResult, StoredCheckpoint
-from raylit.errors import CheckpointError, ConfigError, DataError, HookError
+from raylit.driver.restarts import DEFAULT, Fault, fault_of, start_again
+from raylit.driver.result import LocalResult, StoredCheckpoint
+from raylit.errors import ConfigError, DataError, HookError
 from raylit.hooks import overridden
 from raylit.module import Module
 from raylit.seed import get_random_state, set_random_state
 from raylit.stage import Stage, Status
 from raylit.travel import Homecoming, pack_spec, receive, unpack, with_gpu
 from raylit.wire import Job, World
+from raylit.worker.failure import bare
 from raylit.worker.loaders import HOOK
-from raylit.worker.report import write_snapshot
 from raylit.worker.storage import files_of, is_remote, local_folder
 
 if TYPE_CHECKING:
     from raylit.trainer import Trainer
 
 Loaders = dict[str, Any]
-_CHECKPOINT = "checkpoint_000000"  # as Ray names them
 
 
 def fit(trainer: Trainer, model: Module, loaders: Loaders, datamodule: DataModule | None, ckpt_path: Any) -> Any:
     """Train; return Ray's Result, or a LocalResult where the run took place in this process."""
-    callbacks = merge_callbacks(trainer, model)
+    callbacks = with_checkpoints(trainer, merge_callbacks(trainer, model))
     check_before_fit(trainer, model, callbacks, loaders, datamodule)
     placement = trainer._config.placement
-    checkpoint = load_checkpoint(ckpt_path, model, callbacks, datamodule)
+    choice = for_fit(trainer, ckpt_path, callbacks)
+    checkpoint = load_checkpoint(choice.path, model, callbacks, datamodule)
     own_states = {}
     if checkpoint is not None:
         check_resumable(checkpoint)
-        own_states = read_ranks(ckpt_path, checkpoint)
+        if choice.run_folder is None:  # else each worker finds it in the run folder
+            own_states = read_ranks(choice.path, checkpoint)
     keeps = trainer._config.fit.fast_dev_run == 0
-    run_folder = folders.claim(placement, type(model).__name__) if keeps else None
+    run_folder = (choice.run_folder or folders.claim(placement, type(model).__name__)) if keeps else None
     spec = describe(trainer, Stage.FIT, model, loaders, datamodule, callbacks, run_folder)
-    spec.checkpoint, spec.own_states = checkpoint, own_states
-    trainer._last_checkpoint = None
+    spec.storage, spec.looks_back = run_folder, True
+    if choice.run_folder is None or not keeps:
+        spec.checkpoint, spec.own_states = checkpoint, own_states
+    trainer._last_checkpoint, trainer._run_folder = None, None
     with shown(trainer, first=True) as display, folders.kept_if_used(run_folder):
+        if choice.note:
+            display.event({"kind": "note", "text": choice.note})
         if placement.in_process:
-            local = _fit_here(trainer, spec, display)
-            trainer._last_checkpoint = local.checkpoint
-            return local
-        launched = _launch(trainer, spec, display, run_folder)
-        home = unpack(launched.outcome)
-        come_home(trainer, home, model, callbacks)
-        trainer._last_checkpoint = launched.result.checkpoint
-        metrics = metrics_as_floats(home.metrics["callback"])
-        path = {} if keeps else {"path": None}  # what was there is gone
-        return dataclasses.replace(launched.result, metrics=metrics, return_value=None, **path)
+            outcome = _run_here(trainer, spec, display)
+            metrics, result = metrics_as_floats(outcome.state.callback_metrics), None
+        else:
+            launched = _launch_fit(trainer, spec, display, run_folder)
+            home = unpack(launched.outcome)
+            come_home(trainer, home, model, callbacks)
+            metrics, result = metrics_as_floats(home.metrics["callback"]), launched.result
+        trainer._run_folder = run_folder
+        return _result(trainer, spec, run_folder, metrics, result)
 
 
 def evaluate(
-    trainer: Trainer, stage: Stage, model: Module, loaders: Loaders, datamodule: DataModule | None, ckpt_path: Any
-) -> Any:
-    """Validate, test or predict; return metrics of each dataloader, or the predictions."""
-    callbacks = merge_callbacks(trainer, model)
+    trainer: Trainer, stage: Stage, model: Module, loaders: Loaders, datamodule: DataModule | None, ckpt_path: Any,
+    same_model: bool = False,
+) -> Any:  # fmt: skip
+    """Validate, test or predict; return metrics of each dataloader, or the predictions.
+
+    ``same_model``: the caller passed none, so it is that of the run before.
+    """
+    callbacks = with_checkpoints(trainer, merge_callbacks(trainer, model))
     if datamodule is None and model is trainer._state.module and all(v is None for v in loaders.values()):
         datamodule = trainer._state.datamodule
     check_step(stage, model)
     check_placement(trainer)
     check_hooks(trainer, model, callbacks, datamodule)
     check_loaders(trainer, stage, model, loaders, datamodule)
-    checkpoint = load_checkpoint(ckpt_path, model, callbacks, datamodule)
+    choice = for_evaluation(trainer, stage.value, ckpt_path, same_model)
+    checkpoint = load_checkpoint(choice.path, model, callbacks, datamodule)
     # The folder of the fit before, where there was one: test results stand beside the training's.
     run_folder = trainer._state.log_dir
     if run_folder is None and keeps_values(trainer):
@@ -91,7 +104,9 @@ def evaluate(
     spec = describe(trainer, stage, model, loaders, datamodule, callbacks, run_folder)
     spec.checkpoint = checkpoint
     with shown(trainer) as display, folders.kept_if_used(run_folder):
-        if ckpt_path is None and model is trainer._state.module and trainer._state.status is Status.FINISHED:
+        if choice.note:
+            display.event({"kind": "note", "text": choice.note})
+        elif choice.path is None and model is trainer._state.module and trainer._state.status is Status.FINISHED:
             display.event({"kind": "note", "text": f"{stage.value} uses the model's current weights"})
         if trainer._config.placement.in_process:
             outcome = _run_here(trainer, spec, display)
@@ -114,30 +129,68 @@ def _run_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> Any:
     try:
         with local_folder(run_folder, spec.run_filesystem, files_of(spec.loggers)) as folder:
             spec.run_folder = folder
-            outcome = run(spec, World(), trainer, display.event, trainer._config.placement.use_gpu)
-            if outcome.checkpoint is not None and folder is not None:
-                write_snapshot(outcome.checkpoint, os.path.join(folder, _CHECKPOINT))
-            return outcome
+            return run(spec, World(), trainer, display.event, trainer._config.placement.use_gpu)
     finally:
         spec.run_folder = trainer._state.log_dir = run_folder
         attach_loggers(spec.loggers, run_folder, spec.run_filesystem)
 
 
-def _fit_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> LocalResult:
-    outcome = _run_here(trainer, spec, display)
-    metrics = metrics_as_floats(outcome.state.callback_metrics)
-    path = spec.run_folder
-    checkpoint: LocalCheckpoint | None = None
-    if outcome.checkpoint is not None and path is not None:
-        if is_remote(path, spec.run_filesystem):
-            checkpoint = StoredCheckpoint(f"{path}/{_CHECKPOINT}", spec.run_filesystem)
-        else:
-            checkpoint = LocalCheckpoint(os.path.join(path, _CHECKPOINT))
-    return LocalResult(metrics=metrics, checkpoint=checkpoint, path=path)
+def _result(trainer: Trainer, spec: RunSpec, run_folder: str | None, metrics: dict[str, float], ray: Any) -> Any:
+    """What ``fit`` returns: Ray's Result, or its like, with the checkpoints that are kept."""
+    kept: list[tuple[Any, Any]] = []
+    if run_folder is not None and trainer._config.fit.enable_checkpointing:
+        try:
+            kept = kept_by(spec.callbacks, run_folder, spec.run_filesystem)
+        except OSError as error:
+            warnings.warn(f"the checkpoints of the run cannot be looked at: {error}", UserWarning, stacklevel=4)
+    whole = [each for each, manifest in kept if not manifest.weights_only]
+    trainer._last_checkpoint = whole[-1] if whole else None
+    if ray is None:
+        best = [(each, manifest.metrics) for each, manifest in kept]
+        newest = best[-1][0] if best else None
+        return LocalResult(metrics=metrics, checkpoint=newest, path=run_folder, best_checkpoints=best)
+    from ray.train import Checkpoint
+
+    def as_rays(kept: Any) -> Any:
+        return Checkpoint(kept.path, kept.filesystem) if isinstance(kept, StoredCheckpoint) else Checkpoint(kept.path)
+
+    best = [(as_rays(each), manifest.metrics) for each, manifest in kept]
+    changes: dict[str, Any] = {"checkpoint": best[-1][0] if best else None, "best_checkpoints": best}
+    if run_folder is None:
+        changes["path"] = None  # what was there is gone
+    if best:
+        import pandas as pd
+
+        changes["metrics_dataframe"] = pd.DataFrame([each for _, each in best])
+    return dataclasses.replace(ray, metrics=metrics, return_value=None, **changes)
 
 
 # -- on Ray ----------------------------------------------------------------------------------------------------------
-def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folder: str | None) -> Any:
+def _launch_fit(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folder: str | None) -> Any:
+    """Launch, and launch again from the newest checkpoint after a fault that may pass."""
+    placement = trainer._config.placement
+    keeps = run_folder is not None and trainer._config.fit.enable_checkpointing
+    faults: list[Fault] = []
+    while True:
+        if run_folder is not None:
+            # What Ray noted of an earlier attempt; it would insist on checkpoints that are gone.
+            Folder(run_folder, spec.run_filesystem).delete_file("checkpoint_manager_snapshot.json")
+        try:
+            return _launch(trainer, spec, display, run_folder, again=bool(faults))
+        except Exception as error:
+            fault, failed = fault_of(error), error
+        if not start_again(fault, faults, placement.max_failures, keeps):
+            raise bare(failed)
+        faults.append(fault)
+        line = (str(failed).splitlines() or [""])[0]
+        of = "" if placement.max_failures == -1 else f" of {placement.max_failures or DEFAULT}"
+        text = f"{type(failed).__name__}: {line}; starting again (restart {len(faults)}{of})"
+        display.event({"kind": "note", "text": text})
+
+
+def _launch(
+    trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folder: str | None, again: bool = False
+) -> Any:
     from raylit.driver import cluster, pool
     from raylit.driver.launch import launch
 
@@ -178,7 +231,8 @@ def _launch(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folde
             failure_config=placement.failure_config,
             name=name,
             storage_path=storage,
-            max_failures=placement.max_failures,
+            max_failures=0,  # see driver/restarts.py
+            again=again,
             **where,
         )
 
@@ -349,11 +403,9 @@ def check_loaders(
 def load_checkpoint(
     path: Any, model: Module, callbacks: list[Callback], datamodule: DataModule | None
 ) -> dict[str, Any] | None:
-    """Read ``ckpt_path``; ``"last"`` and ``"best"`` need what only ModelCheckpoint keeps."""
+    """Read a checkpoint, and refuse one that is clearly of another model."""
     if path is None:
         return None
-    if path in ("last", "best"):
-        raise CheckpointError(f"ckpt_path={path!r} is not there yet: give a path or result.checkpoint")
     checkpoint = read(path)
     made_later = overridden(model, "setup", Module) or overridden(model, "configure_model", Module)
     changed_later = (

@@ -1,28 +1,20 @@
-"""Handing a checkpoint to Ray Train. Floor 4, worker side; every rank calls it, since Ray's report is a barrier."""
+"""Telling Ray Train of a fit's checkpoint. Floor 4, worker side; every rank calls it, since Ray's report is a barrier.
+
+The checkpoint lies in the run folder already, so nothing is uploaded. It is done once, when training is over: Ray's
+queue of reports holds one, and a second one soon after would stall training.
+"""
 
 from __future__ import annotations
 
-import tempfile
-
-from raylit.checkpoint import write
-from raylit.checkpoint.ranks import file_name
-from raylit.ports import RunSnapshot
+from raylit.checkpoint.store import Store
 
 
-def write_snapshot(snapshot: RunSnapshot, folder: str) -> None:
-    """Write what this rank has of a checkpoint into its folder: its own part, and rank 0 ``model.ckpt``."""
-    write(snapshot.own, folder, file_name(snapshot.own["rank"]))
-    if snapshot.common:  # last: a folder without it is no checkpoint
-        write(snapshot.common, folder)
-
-
-def report_checkpoint(snapshot: RunSnapshot | None, metrics: dict[str, float]) -> None:
-    """Report ``metrics`` with a checkpoint, into whose folder every rank puts its part; None: metrics alone."""
+def report_newest(store: Store, name: str | None, metrics: dict[str, float]) -> None:
+    """Report ``metrics`` with the checkpoint ``name`` of the run folder's store; None: without one."""
     import ray.train
 
-    if snapshot is None:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory(prefix="raylit-") as folder:
-        write_snapshot(snapshot, folder)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    checkpoint = None
+    if name is not None and ray.train.get_context().get_world_rank() == 0:
+        checkpoint = ray.train.Checkpoint(f"{store.folder.path_on_filesystem}/{name}", store.folder.filesystem)
+    ray.train.report(metrics, checkpoint=checkpoint,
+                     checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)  # fmt: skip

@@ -28,7 +28,7 @@ def test_defaults_are_the_contracts() -> None:
     assert (fit.epoch_limit, fit.step_limit, fit.max_time_s) == (1000, None, None)
     assert (fit.num_sanity_val_steps, fit.log_every_n_steps, fit.precision) == (2, 50, "32-true")
     assert (fit.strategy, fit.logger, fit.use_distributed_sampler, fit.inference_mode) == ("auto", True, True, True)
-    assert (placement.num_workers, placement.use_gpu, placement.max_failures) == (1, "auto", 0)
+    assert (placement.num_workers, placement.use_gpu, placement.max_failures) == (1, "auto", None)
     assert config.notes == ("Neither max_epochs nor max_steps is given: training ends after 1000 epochs.",)
 
 
@@ -39,7 +39,8 @@ accumulate_grad_batches gradient_clip_val gradient_clip_algorithm precision trun
 log_every_n_steps enable_progress_bar enable_model_summary enable_checkpointing deterministic benchmark detect_anomaly
 profiler sync_batchnorm use_distributed_sampler reload_dataloaders_every_n_epochs inference_mode seed strategy
 num_workers use_gpu resources_per_worker placement_strategy scaling_config run_config failure_config name storage_path
-max_failures runtime_env automatic_optimization prepare_data_per_node""".split()
+max_failures runtime_env automatic_optimization prepare_data_per_node
+progress_timeout resume""".split()  # the last two lines: raylit's own
 
 
 def test_the_arguments_are_the_contracts() -> None:

@@ -342,7 +342,7 @@ def test_checkpoints(trainer: Callable[..., raylit.Trainer], tmp_path: Path, che
         (damaged, "damaged.ckpt cannot be loaded: damaged"),
         (code, "code.ckpt cannot be loaded: .*more than tensors and plain values"),
         (other, "other.ckpt is no checkpoint of a Module: it has no 'state_dict'"),
-        (3, "ckpt_path must be a path or a Ray Checkpoint; got int"),
+        (3, "a checkpoint is given as a file, a folder, a URI, or a Ray Checkpoint; got a int"),
     ]:
         with pytest.raises(CheckpointError, match=words):
             fit(Net(), data(), ckpt_path=path)

@@ -103,9 +103,10 @@ def test_a_run_in_this_process_is_copied_to_its_storage(bucket: Any) -> None:
     model = Net()
     result = fit.fit(model, loader())
     assert result.path == fit.log_dir == f"{BUCKET}/one"
-    assert {"mine", "checkpoint_000000/model.ckpt"} <= files(bucket)
+    kept = f"checkpoints/{result.checkpoint.path.rpartition('/')[2]}"
+    assert {"mine", f"{kept}/model.ckpt", f"{kept}/rank_00000.ckpt", f"{kept}/manifest.json"} <= files(bucket)
     with result.checkpoint.as_directory() as folder:
-        assert os.listdir(folder) == ["model.ckpt"]
+        assert sorted(os.listdir(folder)) == ["manifest.json", "model.ckpt", "rank_00000.ckpt"]
     assert not os.path.exists(folder)
 
     other = Net()

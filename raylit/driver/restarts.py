@@ -1,0 +1,52 @@
+"""Whether a run on workers is started again after it failed: a pure decision. Floor 5.
+
+raylit starts it again itself, and not Ray Train, which cannot tell a mistake in the script, that happens at the same
+step each time, from a machine that was lost.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from raylit.errors import ProgressTimeoutError, RaylitError, WorkerLostError
+
+DEFAULT = 3  # restarts after a lost worker, where checkpoints are kept
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What ended an attempt, as far as two of them are compared."""
+
+    kind: str  # "lost": a worker process is gone; "raised": an exception, or a stop; "final": nothing would change
+    what: str = ""  # type and message, without what differs from process to process
+    place: tuple[object, ...] = ()  # stage, epoch, step, batch
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Sort an exception that ``launch`` raised."""
+    message = _ADDRESS.sub("0x", (str(error).splitlines() or [""])[0])
+    failure = getattr(error, "raylit_failure", None)
+    if isinstance(error, WorkerLostError) and not isinstance(error, ProgressTimeoutError):
+        return Fault("lost")
+    if isinstance(error, ProgressTimeoutError):
+        return Fault("raised", type(error).__name__)
+    if failure is None or isinstance(error, RaylitError) or not isinstance(error, Exception):
+        return Fault("final")  # Ctrl-C, too few resources, a mistake that was refused
+    place = tuple(failure.where.get(name) for name in ("stage", "epoch", "global_step", "batch_idx"))
+    return Fault("raised", f"{failure.type_name}: {_ADDRESS.sub('0x', failure.message) or message}", place)
+
+
+def start_again(fault: Fault, before: list[Fault], max_failures: int | None, keeps: bool) -> bool:
+    """Decide after ``fault``; ``before``: those of the attempts before it.
+
+    ``max_failures``: so many restarts, -1: any number; None: ``DEFAULT``, of lost workers, where checkpoints are kept
+    (``keeps``). An exception is given another chance only where restarts were asked for, and never twice at one place.
+    """
+    allowed = max_failures if max_failures is not None else DEFAULT if keeps else 0
+    if fault.kind == "final" or (allowed != -1 and len(before) >= allowed):
+        return False
+    if fault.kind == "lost":
+        return True
+    return max_failures is not None and fault not in before[-1:]

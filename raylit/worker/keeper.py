@@ -1,0 +1,348 @@
+"""Keeps a fit's checkpoints: asks every ModelCheckpoint at the fit's safe points, has their states written. Floor 4.
+
+Every rank runs the same keeper and comes to the same decisions: from the step, the epoch, metrics that are reduced
+over all workers, and one small message between the ranks where a decision needs more (a clock, a step's value, what
+became of the save before). A safe point at which nothing is due costs two comparisons and no message.
+
+A save that fails costs the checkpoint, never the training: a line says so, what was kept before stays, and the next
+save is tried as ever.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, tensor
+
+from raylit.callbacks.keeping import Decision, Kept, Moment, decide, due, restored, same_again
+from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.checkpoint.folder import Folder
+from raylit.checkpoint.store import Manifest, Store
+from raylit.checkpoint.writer import Job, Outcome, Writer
+from raylit.engine.parts import Parts
+from raylit.errors import ConfigError, nearest
+from raylit.ports import RunSnapshot
+from raylit.stage import Loop, SafePoint
+
+FOLDER = "checkpoints"  # within the run folder
+_ASK_BATCHES = 20  # several workers agree on the time this often
+_LAST_JOIN_S = 60.0  # after an exception: how long the save in flight may take
+_NEVER = 1 << 62
+_NOT = (-1, None)
+_ENDS = (SafePoint.END, SafePoint.INTERRUPT)
+# What a state is, so that one that is there already is not written again:
+# (the epoch is closed, epoch, step, batch of the epoch).
+State = tuple[bool, int, int, int]
+
+
+@dataclass
+class _Keeping:
+    """One ModelCheckpoint and what it has."""
+
+    callback: ModelCheckpoint
+    store: Store
+    kept: Kept = field(default_factory=Kept)
+    before: Kept = field(default_factory=Kept)  # kept, until the save in flight is done
+    taken: set[str] = field(default_factory=set)  # names in use
+    last_step: int = -1  # of the last time that it asked by steps
+    owed: bool = False  # it asked while its metric was not of these weights
+    saved: tuple[State, str] | None = None  # the last one
+    due_at: float = 0.0  # by time, on this rank's clock
+
+    @property
+    def pause_s(self) -> float:
+        """The time between two checkpoints, where the clock has a say."""
+        return self.callback.when.every_s or self.callback.when.least_s
+
+    @property
+    def steps(self) -> int:
+        """The rhythm by steps; 0: none."""
+        return self.callback.when.every_n_steps
+
+
+def store_of(callback: ModelCheckpoint, run_folder: str, filesystem: Any = None) -> Store:
+    """Where a ModelCheckpoint keeps the checkpoints of a run."""
+    if callback.own_folder is not None:
+        return Store(Folder(callback.own_folder))
+    return Store(Folder(f"{run_folder.rstrip('/')}/{FOLDER}", filesystem))
+
+
+class CheckpointKeeper:
+    """Implements ``ports.Checkpointer``. ``start`` it on every rank before the fit, ``close`` it after."""
+
+    def __init__(self, parts: Parts, run_folder: str, filesystem: Any = None,
+                 now: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+        self._parts, self._state, self._now, self._run = parts, parts.state, now, run_folder
+        self._collective, world = parts.strategy.collective, parts.state.world
+        self._several, self._first = world.world_size > 1, world.global_rank == 0
+        self._writer = Writer(world.global_rank, world.world_size)
+        self._kept = [_Keeping(each, store_of(each, run_folder, filesystem)) for each in parts.state.callbacks
+                      if isinstance(each, ModelCheckpoint)]  # fmt: skip
+        self._next_step = 0
+        self._timed = any(each.callback.when.every_s for each in self._kept)
+        self._asked = 0  # safe points within epochs, for the clock
+        self._closed_epoch = -1  # epochs done at the last safe point after an epoch
+        self._told: list[str] = []  # failures that were said
+
+    # -- before and after ----------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Learn what a killed attempt of this run left; every rank calls it. One message for all stores."""
+        there = self._collective.broadcast_object([self._look(each) for each in self._kept] if self._first else None)
+        for keeping, (names, left) in zip(self._kept, there):
+            keeping.taken = set(names)
+            keeping.kept = keeping.before = restored(keeping.callback.rules, left)
+            keeping.callback.began(keeping.store.folder.path, keeping.kept)
+            keeping.due_at = self._now() + keeping.pause_s
+
+    def _look(self, keeping: _Keeping) -> tuple[list[str], list[tuple[str, float | None]]]:
+        """Names in use, and this callback's checkpoints in this run; sweeps up what was never finished."""
+        store, callback = keeping.store, keeping.callback
+        names, mine = [], []
+        try:
+            for found in store.survey():
+                manifest = found.manifest
+                if manifest is None and callback.own_folder is None and len(self._kept) == 1:
+                    store.folder.delete_folder(found.name)
+                    continue
+                names.append(found.name)
+                own = manifest is not None and (manifest.keeper, manifest.run) == (callback.state_key, self._run)
+                if own and manifest is not None and not store.faults(manifest):
+                    mine.append((found.name, manifest.score))
+        except OSError as error:
+            self._parts.output.note(f"the checkpoints in {store.folder.path} cannot be looked at: {error}")
+        return names, mine
+
+    def close(self) -> None:
+        """Let the save in flight come to its end; after an exception too, and without the other ranks."""
+        for outcome in self._writer.wait(_LAST_JOIN_S):
+            self._tell(outcome)
+            if outcome.error is not None:
+                self._fell_through(outcome)
+
+    @property
+    def newest(self) -> str | None:
+        """The newest checkpoint in the run's own folder, by its name; where only the best are kept, the best."""
+        for keeping in self._kept:
+            if keeping.callback.own_folder is None and keeping.kept.names:
+                best = keeping.kept.best
+                return keeping.kept.last or best[0 if keeping.callback.rules.ranked else -1][0]
+        return None
+
+    # -- at safe points ------------------------------------------------------------------------------------------
+    def safe_point(self, point: SafePoint, take: Callable[[], RunSnapshot]) -> None:
+        """Save where something is due. Every rank calls it at the same points."""
+        if self._writer.failed is not None:
+            self._tell(self._writer.failed)
+            self._writer.failed = None
+        if point is SafePoint.BATCH and self._state.global_step < self._next_step and not self._timed:
+            return
+        if point is SafePoint.EPOCH:
+            self._closed_epoch = self._state.epoch
+        asking = self._asking(point)
+        if asking:
+            self._save(point, asking, take)
+        self._next_step = min((self._state.global_step // k.steps + 1) * k.steps if k.steps else _NEVER
+                              for k in self._kept)  # fmt: skip
+        if point in _ENDS and self._settle() and self._first:
+            warnings.warn(
+                f"the state at the end of the fit could not be kept: {self._told[-1]}. The weights are in the model, "
+                "and trainer.save_checkpoint(path) writes them elsewhere",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _asking(self, point: SafePoint) -> list[_Keeping]:
+        """Those that something is due for; the same on every rank."""
+        state, epoch = self._state, self._epoch(point)
+        over = state.batch_idx + 1 == state.num_training_batches
+        by_time, asking = self._by_time(point), []
+        for index, keeping in enumerate(self._kept):
+            when, monitor = keeping.callback.when, keeping.callback.monitor
+            measured = monitor is None or self._state.measured.get(monitor, _NOT)[0] == state.global_step
+            wants = due(when, Moment(point, state.global_step, epoch, over, measured), keeping.last_step)
+            if point is SafePoint.EPOCH and when.least_s:
+                wants = wants and by_time[index]
+            elif when.every_s:
+                wants = wants or by_time[index]
+            if wants or (keeping.owed and measured and (point is SafePoint.EPOCH or not over)):
+                asking.append(keeping)
+        return asking
+
+    def _by_time(self, point: SafePoint) -> list[bool]:
+        """Whose time has come, by rank 0's clock."""
+        if point is SafePoint.EPOCH:
+            ask = any(each.pause_s for each in self._kept)
+        else:
+            self._asked += 1
+            ask = self._timed and (not self._several or self._asked % _ASK_BATCHES == 0)
+        if not ask:
+            return [False] * len(self._kept)
+        now = self._now()
+        mine = [each.pause_s > 0 and now >= each.due_at for each in self._kept]
+        if not self._several:
+            return mine
+        flags = tensor([float(each and self._first) for each in mine])  # on the CPU: nothing waits for the device
+        return [each > 0 for each in self._collective.all_reduce(flags, "max").tolist()]
+
+    def _epoch(self, point: SafePoint) -> int:
+        """The number of the epoch that a state at this point is of."""
+        return self._state.epoch if self._within(point) else max(self._state.epoch - 1, 0)
+
+    def _within(self, point: SafePoint) -> bool:
+        """True for a point in the middle of an epoch."""
+        return point not in (SafePoint.EPOCH, SafePoint.END) and self._state.loop is Loop.TRAIN
+
+    def _here(self, point: SafePoint) -> State:
+        """What state a snapshot at this point holds."""
+        state = self._state
+        if self._within(point):
+            return (False, state.epoch, state.global_step, state.batch_idx)
+        if point is not SafePoint.END:
+            return (True, state.epoch, state.global_step, -1)
+        if self._closed_epoch != state.epoch and state.epoch > 0 and state.batch_idx >= 0:
+            return (False, state.epoch - 1, state.global_step, state.batch_idx)  # stopped within the epoch
+        return (True, state.epoch, state.global_step, -2 if self._changed_at_end() else -1)
+
+    def _changed_at_end(self) -> bool:
+        """A hook ran after the last epoch, and may have put other weights in place."""
+        return self._parts.hooks.event("on_train_end") is not None
+
+    # -- the metrics of a state ----------------------------------------------------------------------------------
+    def _measured(self) -> dict[str, Tensor]:
+        """What was reduced over all workers on the weights as they are."""
+        step = self._state.global_step
+        return {name: value for name, (at, value) in self._state.measured.items() if at == step}
+
+    def _measure(self, point: SafePoint, asking: list[_Keeping]) -> dict[str, float]:
+        """The metrics of a state, the monitored ones among them where they can be known; the same on every rank."""
+        if point is SafePoint.END and self._changed_at_end():
+            return {}
+        metrics = {name: float(value) for name, value in self._measured().items()}
+        if point in _ENDS:
+            return metrics
+        if point is SafePoint.EPOCH:
+            for keeping in asking:
+                self._check_monitor(keeping.callback.monitor)
+            known = {name: value for name, value in self._state.callback_metrics.items()
+                     if name not in self._state.measured}  # fmt: skip
+        else:
+            known = self._parts.metrics.step_metrics().callback
+        # A monitored value that is logged by steps alone is that of the last batch, over all workers their mean.
+        names = sorted({name for k in asking if (name := k.callback.monitor) is not None} - metrics.keys())
+        if names:
+            mine = {name: float(known[name]) for name in names if name in known}
+            seen = self._collective.all_gather_object(mine)
+            metrics |= {name: sum(each[name] for each in seen) / len(seen)
+                        for name in names if all(name in each for each in seen)}  # fmt: skip
+        return metrics
+
+    def _check_monitor(self, monitor: str | None) -> None:
+        """A metric that nobody logs is a mistake; one of a validation that is still to come is none."""
+        state = self._state
+        known = state.callback_metrics
+        if monitor is None or monitor in known or (state.validates and state.eval_batches == 0):
+            return
+        raise ConfigError(
+            f"ModelCheckpoint(monitor={monitor!r}): no metric of this name is logged.{nearest(monitor, known)} "
+            f"Logged are: {', '.join(sorted(known)) or 'none'}. Log it with self.log({monitor!r}, ...)"
+        )
+
+    # -- saving --------------------------------------------------------------------------------------------------
+    def _save(self, point: SafePoint, asking: list[_Keeping], take: Callable[[], RunSnapshot]) -> None:
+        metrics, here = self._measure(point, asking), self._here(point)
+        for keeping in asking:
+            if point not in _ENDS:
+                keeping.last_step, keeping.due_at = self._state.global_step, self._now() + keeping.pause_s
+            rules, score = keeping.callback.rules, metrics.get(keeping.callback.monitor or "")
+            keeping.owed = rules.ranked and rules.top_k > 0 and score is None and point is not SafePoint.EPOCH
+            keeping.callback.saw(score)
+        chosen = [self._decide(each, point, here, metrics) for each in asking]
+        if not any(decision.save for decision, _ in chosen):
+            return
+        if self._settle():  # the save before was not written: what is kept, and so what is to do, is another
+            chosen = [self._decide(each, point, here, metrics) for each in asking]
+        jobs = [self._job(each, decision, name, here, metrics, self._epoch(point))
+                for each, (decision, name) in zip(asking, chosen) if decision.save]  # fmt: skip
+        if not jobs:
+            return
+        weights_only = all(job.manifest.weights_only for job in jobs) and point not in _ENDS
+        snapshot = self._state.take(True) if weights_only and self._state.take is not None else take()
+        loop = (snapshot.common.get("loops") or {}).get("fit_loop") or {}
+        batches = int(loop.get("total_batches", 0))
+        self._writer.save([replace(job, manifest=replace(job.manifest, batches=batches)) for job in jobs], snapshot)
+
+    def _decide(self, keeping: _Keeping, point: SafePoint, here: State,
+                metrics: dict[str, float]) -> tuple[Decision, str]:  # fmt: skip
+        callback, at_end = keeping.callback, point in _ENDS
+        if keeping.saved is not None and keeping.saved[0] == here:
+            name = keeping.saved[1]
+            keeping.kept = same_again(callback.rules, keeping.kept, name, at_end=at_end)
+            callback.has(keeping.kept)
+            return Decision(False, keeping.kept), name
+        values = {**metrics, "epoch": self._epoch(point), "step": self._state.global_step}
+        name = plain = callback.format_checkpoint_name(values)
+        version = 0
+        while name in keeping.taken:
+            version += 1
+            name = callback.format_checkpoint_name(values, ver=version)
+        decision = decide(callback.rules, keeping.kept, name, metrics.get(callback.monitor or ""), at_end=at_end)
+        if not callback.enable_version_counter and name != plain and plain in decision.kept.names:
+            decision = replace(decision, kept=decision.kept.without(plain), delete=(*decision.delete, plain))
+        return decision, name
+
+    def _job(self, keeping: _Keeping, decision: Decision, name: str, here: State, metrics: dict[str, float],
+             epoch: int) -> Job:  # fmt: skip
+        callback, state = keeping.callback, self._state
+        keeping.before, keeping.kept, keeping.saved = keeping.kept, decision.kept, (here, name)
+        for other in self._kept:  # those of one folder share its names
+            if other.store.folder.path == keeping.store.folder.path:
+                other.taken.add(name)
+        callback.has(decision.kept)
+        if callback.verbose:
+            score = callback.current_score
+            text = "" if score is None else f", {callback.monitor} = {float(score):.6g}"
+            self._parts.output.note(f"ModelCheckpoint: saving {name} (step {state.global_step}{text})")
+        manifest = Manifest(
+            name, state.global_step, 0, epoch, state.world.world_size, metrics, callback.monitor, callback.mode,
+            callback.state_key, self._run, callback.save_weights_only,
+        )  # fmt: skip
+        return Job(keeping.store, manifest, decision.delete)
+
+    # -- what became of saves ------------------------------------------------------------------------------------
+    def _settle(self) -> bool:
+        """Wait for the save in flight; True where one failed, after which less is kept. Rank 0's word counts."""
+        if not self._writer.busy:
+            return False
+        outcomes = self._writer.wait()
+        said = self._collective.broadcast_object([(o.error is not None, o.deleted) for o in outcomes])
+        for outcome, (failed, deleted) in zip(outcomes, said):
+            self._tell(outcome)
+            if failed:
+                self._fell_through(outcome)
+            for keeping in self._kept:
+                if keeping.store.folder.path == outcome.job.store.folder.path:
+                    keeping.taken.difference_update(deleted)
+        return any(failed for failed, _ in said)
+
+    def _fell_through(self, outcome: Outcome) -> None:
+        job = outcome.job
+        for keeping in (each for each in self._kept if each.store is job.store and each.saved is not None):
+            if keeping.saved is not None and keeping.saved[1] == job.manifest.name:
+                keeping.kept, keeping.saved = keeping.before, None
+                keeping.callback.has(keeping.kept)
+
+    def _tell(self, outcome: Outcome) -> None:
+        """Say on rank 0, once, what could not be written or deleted."""
+        if not self._first:
+            return
+        if outcome.error is not None:
+            line = f"{outcome.job.store.path_of(outcome.job.manifest.name)}: {outcome.error}"
+            if line not in self._told:
+                self._told.append(line)
+                self._parts.output.note(f"a checkpoint could not be written, what was kept stays: {line}")
+        for left in outcome.left_over:
+            self._parts.output.note(f"an old checkpoint could not be deleted: {left}")
