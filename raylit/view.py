@@ -66,6 +66,11 @@ class RunState:
     live_metrics: Callable[[], Any] | None = None
     # In a run: copies its state; the argument says whether to take the weights alone. Every rank calls it.
     take: Callable[[bool], RunSnapshot] | None = None
+    # In a fit with checkpoints: Ctrl-C or SIGTERM waits for the end of the batch, and is raised then.
+    holds_interrupts: bool = False
+    interrupt: BaseException | None = None
+    # In a fit: rounds of optimizer steps in all of it; inf where nobody can tell.
+    stepping_batches: Callable[[], int | float] | None = None
     # In a run: writes a checkpoint to a path. Every rank calls it.
     save: Callable[[str, bool], None] | None = None
     # In a fit: runs training_step over this worker's training data and changes nothing but the layers' own statistics.
@@ -133,6 +138,16 @@ class TrainerView:
         return self._state.num_training_batches
 
     @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Rounds of optimizer steps that the whole fit takes at most; ``inf`` where nothing limits them.
+
+        In a fit, from ``configure_optimizers`` on, where a schedule is made for so many steps. NotAttachedError elsewhere.
+        """
+        if self._state.stepping_batches is None:
+            raise NotAttachedError("trainer.estimated_stepping_batches is known in a fit: ask in a hook of one")
+        return self._state.stepping_batches()
+
+    @property
     def sanity_checking(self) -> bool:
         """True while the validation batches before training run."""
         return self._state.loop is Loop.SANITY
@@ -141,6 +156,21 @@ class TrainerView:
     def training(self) -> bool:
         """True while training batches run."""
         return self._state.loop is Loop.TRAIN
+
+    @property
+    def validating(self) -> bool:
+        """True while validation batches run, in a fit or in ``validate``."""
+        return self._state.loop is Loop.VALIDATION
+
+    @property
+    def testing(self) -> bool:
+        """True while test batches run."""
+        return self._state.loop is Loop.TEST
+
+    @property
+    def predicting(self) -> bool:
+        """True while prediction runs."""
+        return self._state.loop is Loop.PREDICT
 
     @property
     def state(self) -> Status:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from types import GeneratorType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -48,6 +50,7 @@ class StreamLoader:
         self._name = name
         self._stateful = walked(batches)
         self._placed = False  # the user's objects stand at the position themselves
+        self._taken_up: GeneratorType[Any, Any, Any] | None = None  # the walk that went on from there
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """Tell samplers and data set the epoch; the next walk begins at ``start_sample``, rounded down to a step."""
@@ -78,13 +81,21 @@ class StreamLoader:
         load_states(self._stateful, dict(state))
         self._placed = within
         if not within:
-            # The walk that the state is of was given up at the epoch's end; the next one begins anew.
-            iter(self._batches)
+            # The walk that the state is of was given up at the epoch's end: it is taken up and left, so that the next
+            # one begins anew. A generator begins when it is asked for a batch; at its end it has none.
+            left = iter(self._batches)
+            if isinstance(left, GeneratorType) or isinstance(self._batches, DataLoader):
+                next(left, None)
 
     def __iter__(self) -> Iterator[Any]:
         skip, self._skip = 0 if self._placed else self._skip, 0
-        self._placed = False
+        if self._taken_up is not None and inspect.getgeneratorstate(self._taken_up) == inspect.GEN_CREATED:
+            next(self._taken_up, None)  # nobody asked it for a batch, and so it did not see that it was to go on
+        self._taken_up = None
         iterator = iter(self._batches)
+        if self._placed and isinstance(iterator, GeneratorType):
+            self._taken_up = iterator
+        self._placed = False
         if iterator is self._batches:
             if self._begun:
                 raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from raylit.errors import ConfigError
 
@@ -27,6 +28,19 @@ def resolve_val_interval(interval: int | float, total: int | None, every_n_epoch
             "give a number of batches"
         )
     return max(1, int(total * interval))
+
+
+def stepping_batches(
+    total: int | None, epochs: int | None, max_steps: int, accumulate: Callable[[int], int]
+) -> int | float:
+    """Return the rounds of optimizer steps of a fit: ``total`` batches an epoch, ``accumulate(epoch)`` to a step.
+
+    ``total`` and ``epochs`` None: unknown or without limit; ``max_steps`` -1: no limit.
+    """
+    limit = math.inf if max_steps == -1 else max_steps
+    if total is None or epochs is None:
+        return limit
+    return min(limit, sum(math.ceil(total / accumulate(epoch)) for epoch in range(epochs)))
 
 
 def validation_due(

@@ -31,11 +31,13 @@ from typing import Any
 import torch
 
 from raylit.checkpoint.content import apply
+from raylit.checkpoint.ranks import random_state
 from raylit.config.amounts import batches
 from raylit.engine.decide import (
     epochs_reached,
     may_stop,
     resolve_val_interval,
+    stepping_batches,
     steps_reached,
     total_or_inf,
     validation_due,
@@ -67,6 +69,7 @@ class Fit:
         self._validation = Evaluation(parts, Loop.VALIDATION)
         self._sanity = Evaluation(parts, Loop.SANITY)
         self._val_loaders: list[LoaderLike] = []
+        self._has_loader = False
         self._batches_done = 0  # since training began
         self._epoch_base = 0  # of these, before the epoch that runs
         self._walk: Walk | None = None
@@ -75,6 +78,7 @@ class Fit:
         self._left: RunSnapshot | None = None  # the state at a stop in the middle of an epoch
         self.last: RunSnapshot | None = None  # the state at the end, where it is wanted
         self.outputs: EpochOutputs | None = None
+        self.before_validation: dict[str, Any] = {}  # random states at the start of the last one
         self._deadline: float | None = None
         own, event = parts.hooks.own, parts.hooks.event
         self._batch_start, self._batch_end = event("on_train_batch_start"), event("on_train_batch_end")
@@ -85,6 +89,7 @@ class Fit:
     def run(self) -> None:
         """Train until a limit is reached or someone asks to stop."""
         parts, state = self._parts, self._parts.state
+        state.stepping_batches = self._stepping_batches
         self.plan = self._optimizers()
         self._train = TrainBatch(parts, self.plan, self._split_size())
         self._steps_of = [state.global_step] * len(self.plan.optimizers)
@@ -94,8 +99,7 @@ class Fit:
         if parts.saved is not None:
             apply(parts.saved.common, state)
         self._call("on_pretrain_routine_end")
-        self._loader = parts.loaders.train()
-        self._set_length()
+        self._ask_for_loader()
         if self._validation.possible:
             self._val_loaders = parts.loaders.evaluation("validate")
         state.validates = bool(self._val_loaders) and parts.settings.val_batch_limit != 0
@@ -112,6 +116,7 @@ class Fit:
             self._take_up(parts.saved)
         previous = torch.is_anomaly_enabled()
         torch.autograd.set_detect_anomaly(previous or parts.settings.detect_anomaly)
+        state.holds_interrupts = parts.checkpointer is not None
         try:
             # 0: limit_train_batches leaves nothing to train on. A half-done epoch is brought to its end in any case.
             while self._total != 0 and (self._half is not None or not self._done()):
@@ -121,6 +126,7 @@ class Fit:
                 if parts.checkpointer is not None and self._left is None:
                     parts.checkpointer.safe_point(SafePoint.EPOCH, self._take)
         finally:
+            state.holds_interrupts = False
             torch.autograd.set_detect_anomaly(previous)
         parts.metrics.place = NO_EPOCH
         self._call("on_train_end")
@@ -245,6 +251,18 @@ class Fit:
 
     def _split_size(self) -> int:
         return self._parts.settings.truncated_bptt_steps or self._parts.module.truncated_bptt_steps
+
+    def _ask_for_loader(self) -> None:
+        """Ask for the training loader; once, also where configure_optimizers wanted to know its length."""
+        if not self._has_loader:
+            self._loader, self._has_loader = self._parts.loaders.train(), True
+            self._set_length()
+
+    def _stepping_batches(self) -> int | float:
+        settings = self._parts.settings
+        self._ask_for_loader()
+        steps = -1 if settings.step_limit is None else settings.step_limit
+        return stepping_batches(self._total, settings.epoch_limit, steps, settings.accumulation_at)
 
     def _set_length(self) -> None:
         settings, state = self._parts.settings, self._parts.state
@@ -458,6 +476,7 @@ class Fit:
     def _validate(self) -> None:
         # One model is evaluated, not one a rank: its numbers must not depend on which rank saw which sample.
         self._parts.strategy.equalize_buffers(self._parts.module)
+        self.before_validation = random_state(self._parts.state.device)
         self._validation.run(self._val_loaders, self._parts.settings.val_batch_limit)
         self._parts.metrics.place = BATCH_TRAIN
 
@@ -524,6 +543,11 @@ class Fit:
     def _ask_to_stop(self) -> None:
         """Grant a request to stop, where all ranks agree that one was made on any of them."""
         state, settings = self._parts.state, self._parts.settings
+        if state.interrupt is not None:
+            state.holds_interrupts = False  # one more ends the run at once, also while the state is written
+            if self._parts.checkpointer is not None:
+                self._parts.checkpointer.safe_point(SafePoint.INTERRUPT, self._take)
+            raise state.interrupt
         wanted = state.stop_requested or (self._deadline is not None and time.monotonic() >= self._deadline)
         if self._several:
             collective = self._parts.strategy.collective

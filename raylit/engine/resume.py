@@ -99,7 +99,8 @@ def take_weights(parts: Parts, weights_only: bool) -> RunSnapshot:
 
 def _evaluating(parts: Parts) -> list[str]:
     """The submodules that are not in training mode; within an evaluation, those that were not before it."""
-    modes = {id(module): mode for module, mode in parts.modes} if parts.metrics.running not in (None, "train") else {}
+    within = parts.state.loop not in (None, Loop.TRAIN)
+    modes = {id(module): mode for module, mode in parts.modes} if within else {}
     return [name for name, each in parts.module.named_modules() if not modes.get(id(each), each.training)]
 
 
@@ -109,7 +110,8 @@ def _own(fit: Fit, position: Position) -> dict[str, Any]:
     own: dict[str, Any] = {
         "schema": 1,
         "rank": state.world.global_rank,
-        "random": ranks.random_state(state.device),
+        # A validation that is under way runs anew, from where it began.
+        "random": fit.before_validation if position.unfinished == "validation" else ranks.random_state(state.device),
         "gradients": {name: parameter.grad for name, parameter in _parameters(parts) if parameter.grad is not None},
         "group": fit.train.group_state(),
         "strategy": parts.strategy.group_state(),

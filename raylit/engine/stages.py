@@ -79,6 +79,7 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
         raise
     finally:
         state.loop, state.live_metrics, state.replay, state.take = None, None, None, None
+        state.stepping_batches = None
         handle.restore()
         module.__dict__.pop("_run", None)
         if parts.datamodule is not None:
