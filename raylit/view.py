@@ -141,7 +141,7 @@ class TrainerView:
     def estimated_stepping_batches(self) -> int | float:
         """Rounds of optimizer steps that the whole fit takes at most; ``inf`` where nothing limits them.
 
-        In a fit, from ``configure_optimizers`` on, where a schedule is made for so many steps. NotAttachedError elsewhere.
+        In a fit, from ``configure_optimizers`` on, for schedules over all steps. NotAttachedError elsewhere.
         """
         if self._state.stepping_batches is None:
             raise NotAttachedError("trainer.estimated_stepping_batches is known in a fit: ask in a hook of one")
