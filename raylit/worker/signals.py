@@ -20,7 +20,7 @@ _DEFAULT = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SI
 
 @contextmanager
 def interrupts_held(state: RunState) -> Iterator[None]:
-    """Let signals wait for the end of the batch. Handlers that someone else has set stay; so do those of other threads."""
+    """Let signals wait for the end of the batch. Handlers that someone else has set stay as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -61,15 +61,20 @@ def seed_all(seed: int) -> None:
 def run_recorded(
     make: Callable[[], raylit.Module], loaders: Callable[[], Any], *, seed: int, recorder: Recorder | None = None,
     rank: int = 0, world_size: int = 1, common: Any = None, own: dict[int, Any] | None = None,
-    val: Callable[[], Any] | None = None, callbacks: Callable[[], Iterable[Any]] = tuple, **arguments: Any,
+    val: Callable[[], Any] | None = None, callbacks: Callable[[], Iterable[Any]] = tuple,
+    held: bool = False, **arguments: Any,
 ) -> tuple[Ran, Recorder]:  # fmt: skip
-    """Fit with states of the random generators that follow from ``seed`` and the rank."""
+    """Fit with states of the random generators that follow from ``seed`` and the rank.
+
+    ``held``: signals wait for the end of a batch, as in a fit in the caller's process.
+    """
     recorder = recorder or Recorder(only=())
     module = make()
     seed_all(seed + rank)
     ran = run_here(
         module, loaders(), rank=rank, world_size=world_size, val=None if val is None else val(),
-        callbacks=callbacks(), order_seed=seed, checkpoint=common, own_states=own, checkpointer=recorder, **arguments,
+        callbacks=callbacks(), order_seed=seed, checkpoint=common, own_states=own, checkpointer=recorder, held=held,
+        **arguments,
     )  # fmt: skip
     return ran, recorder
 

@@ -130,10 +130,11 @@ class Manual(Net):
 
 
 def test_manual_optimisation() -> None:
-    check_every_point(
-        lambda: Manual(lambda m: ([o := torch.optim.Adam(m.parameters(), 0.01)], [torch.optim.lr_scheduler.StepLR(o, 2)])),
-        shuffled(), max_epochs=2, log_every_n_steps=1,
-    )  # fmt: skip
+    def configure(module: Any) -> Any:
+        optimizer = torch.optim.Adam(module.parameters(), 0.01)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+    check_every_point(lambda: Manual(configure), shuffled(), max_epochs=2, log_every_n_steps=1)
 
 
 class ManualGroups(Net):
@@ -203,7 +204,6 @@ class Measured(Net):
 
 
 def test_logged_torchmetrics_and_reductions_of_ones_own() -> None:
-    # The last batch is left out: a callable comes back with the next call of log, and there is none behind it.
     check_every_point(Measured, shuffled(), max_epochs=2, log_every_n_steps=1)
 
 
@@ -219,7 +219,7 @@ def test_several_loaders_walked_together() -> None:
 
 
 class Frozen(Net):
-    """What hooks of earlier epochs have frozen stays so; the epoch's own hooks run again, and what they do is undone."""
+    """What hooks of earlier epochs have frozen stays so; the epoch's own hooks run again, and change nothing."""
 
     def on_train_start(self) -> None:
         with torch.no_grad():

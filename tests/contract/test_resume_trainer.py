@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,12 @@ import raylit
 from raylit.checkpoint import read
 from raylit.checkpoint.ranks import read_ranks
 from raylit.errors import CheckpointError, RaylitError
+from raylit.ports import RunSnapshot
+from raylit.stage import SafePoint
 from tests.contract.resuming import (
     Net,
     Noisy,
+    Recorder,
     Unsized,
     WithOutputs,
     assert_same,
@@ -26,6 +32,7 @@ from tests.contract.resuming import (
     run_recorded,
     seed_all,
     shuffled,
+    through_file,
 )
 
 QUIET: dict[str, Any] = {
@@ -283,8 +290,6 @@ def test_loaders_with_a_state_that_are_left_before_their_end(loaders: Any) -> No
 
 
 def test_nothing_is_read_and_dropped_where_the_loader_knows_its_place() -> None:
-    from tests.contract.resuming import Recorder
-
     recorder = Recorder(only=(2,))
     run_recorded(Net, OwnPlace, seed=1, recorder=recorder, max_epochs=1)
     snapshot = recorder.points[2][1]
@@ -314,6 +319,7 @@ def test_a_newer_schema_and_another_configuration_are_refused(tmp_path: Path) ->
 def test_a_damaged_file_of_a_rank_is_named(tmp_path: Path) -> None:
     _, result = fit(tmp_path, Net(), shuffled()(), max_epochs=1)
     (Path(result.checkpoint.path) / "rank_00000.ckpt").write_bytes(b"not a checkpoint")
+    (Path(result.checkpoint.path) / "manifest.json").unlink(missing_ok=True)  # it would tell of the damage before
     with pytest.raises(CheckpointError, match=r"rank_00000.ckpt cannot be loaded"):
         fit(tmp_path, Net(), shuffled()(), ckpt_path=result.checkpoint)
 
@@ -358,3 +364,51 @@ def test_the_sanity_check_does_not_run_again(tmp_path: Path) -> None:
     _, result = fit(tmp_path, first, shuffled()(), val=validation(), max_epochs=1)
     fit(tmp_path, second, shuffled()(), val=validation(), max_epochs=2, ckpt_path=result.checkpoint)
     assert (first.checks, second.checks) == (1, 0)
+
+
+# Interrupted ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_batch_and_its_state_is_kept(number: signal.Signals) -> None:
+    class Interrupted(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.current_epoch == 1 and batch_idx == 1:
+                os.kill(os.getpid(), number)
+            return super().training_step(batch, batch_idx)
+
+    kind: Any = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    _, whole = run_recorded(Net, shuffled(), seed=1, max_epochs=3)
+    recorder = InterruptRecorder(only=())
+    with pytest.raises(kind):
+        run_recorded(Interrupted, shuffled(), seed=1, recorder=recorder, held=True, max_epochs=3)
+    assert recorder.kept is not None and recorder.kept.common["global_step"] == 6
+    start = {"common": recorder.kept.common, "own": {0: recorder.kept.own}}
+    _, rest = run_recorded(Net, shuffled(), seed=77, max_epochs=3, **start)
+    assert_same(whole.end.common, rest.end.common)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@dataclass
+class InterruptRecorder(Recorder):
+    kept: RunSnapshot | None = None
+
+    def safe_point(self, point: SafePoint, take: Callable[[], RunSnapshot]) -> None:
+        if point is SafePoint.INTERRUPT:
+            snapshot = take()
+            self.kept = RunSnapshot(through_file(snapshot.common), through_file(snapshot.own))
+            return
+        super().safe_point(point, take)
+
+
+def test_a_second_signal_and_a_run_that_keeps_nothing_end_at_once(tmp_path: Path) -> None:
+    class Impatient(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            self.first = True
+            os.kill(os.getpid(), signal.SIGINT)
+            self.second = True
+
+    for keeps in (True, False):
+        model = Impatient()
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path, model, shuffled()(), enable_checkpointing=keeps)
+        assert hasattr(model, "first") is keeps and not hasattr(model, "second")

@@ -157,17 +157,21 @@ class Ran:
 def run_here(
     module: Any, loaders: Any = None, *, stage: str = "fit", rank: int = 0, world_size: int = 1, val: Any = None,
     datamodule: Any = None, callbacks: Any = (), loggers: Any = (), order_seed: int = 0, checkpoint: Any = None,
-    own_states: Any = None, checkpointer: Any = None, nodes: int = 1, **arguments: Any,
+    own_states: Any = None, checkpointer: Any = None, nodes: int = 1, held: bool = False,
+    **arguments: Any,
 ) -> Ran:  # fmt: skip
     """Run one stage in this process as the given rank, past the driver: what a Ray worker does.
 
-    ``nodes``: of how many it is told, though all ranks are on this one.
+    ``nodes``: of how many it is told, though all ranks are on this one. ``held``: signals wait for the end of a batch.
     """
+    import contextlib
+
     from raylit.assemble import RunSpec, run
     from raylit.config.trainer import parse_trainer_args
     from raylit.stage import Stage
     from raylit.view import RunState, WorkerTrainer
     from raylit.wire import World
+    from raylit.worker.signals import interrupts_held
 
     given: dict[str, Any] = {
         "num_workers": world_size, "use_gpu": False, "logger": False, "enable_checkpointing": False,
@@ -186,7 +190,8 @@ def run_here(
     each = world_size // nodes
     world = World(rank, rank % each, rank // each, world_size, local_world_size=each)
     view, events = WorkerTrainer(RunState()), list[dict[str, Any]]()
-    outcome = run(spec, world, view, events.append, False)
+    with interrupts_held(view._state) if held else contextlib.nullcontext():
+        outcome = run(spec, world, view, events.append, False)
     return Ran(outcome, module, view, events)
 
 
