@@ -114,9 +114,7 @@ class Running:
         """Empty the chunk into the totals. Launches work on the values' devices and waits for none."""
         if not self.values:
             return
-        pairs = zip(self.values, self.weights)
-        for device, run in groupby(pairs, key=lambda pair: pair[0].device if isinstance(pair[0], Tensor) else None):
-            values, weights = zip(*run)
+        for device, values, weights in self._runs():
             if device is None:
                 self._fold_numbers([float(v) for v in values], weights)
             else:
@@ -125,6 +123,20 @@ class Running:
             self.count += len(values)
         self.values.clear()
         self.weights.clear()
+
+    def _runs(self) -> list[tuple[torch.device | None, Sequence[Any], Sequence[float]]]:
+        """Return the chunk in runs of values of one device; None for Python numbers. Mostly it is one run."""
+        kinds = set(map(type, self.values))
+        if kinds == {float}:
+            return [(None, self.values, self.weights)]
+        if kinds == {Tensor} and len({value.device for value in self.values}) == 1:
+            return [(self.values[0].device, self.values, self.weights)]
+        runs: list[tuple[torch.device | None, Sequence[Any], Sequence[float]]] = []
+        pairs = zip(self.values, self.weights)
+        for device, run in groupby(pairs, key=lambda pair: pair[0].device if isinstance(pair[0], Tensor) else None):
+            values, weights = zip(*run)
+            runs.append((device, values, weights))
+        return runs
 
     def _fold_numbers(self, values: list[float], weights: Sequence[float]) -> None:
         if self.op == "mean":
@@ -140,7 +152,7 @@ class Running:
 
     def _fold_tensors(self, device: torch.device, values: Sequence[Tensor], weights: Sequence[float]) -> None:
         dtype = accumulation_dtype(device)
-        stacked = torch.stack(list(values)).to(dtype)
+        stacked = torch.stack(tuple(values)).to(dtype)
         if self.op == "custom":
             self.kept.append(stacked)
             return
