@@ -257,7 +257,7 @@ class TrainerView:
 
     @property
     def lr_scheduler_configs(self) -> list[Any]:
-        """The schedulers of the fit with their ``interval``, ``frequency``, ``monitor``, ``name``, ``optimizer_idx``."""
+        """The schedulers of the fit, each with its ``interval``, ``frequency``, ``monitor``, ``name`` and optimizer."""
         return self._state.lr_scheduler_configs
 
     @property

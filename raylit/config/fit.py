@@ -132,7 +132,8 @@ def as_fast_dev_run(config: FitConfig) -> FitConfig:
     """Return what ``fast_dev_run=n`` means: n batches of everything, one epoch, and nothing written.
 
     Checkpoints are off, no sanity check, no minimum, no time limit. ``fast_dev_run`` keeps its value, so that callbacks
-    that write can see it, and the driver, which puts loggers that keep nothing in their place. Without fast_dev_run the same config comes back.
+    that write can see it, and the driver, which puts loggers that keep nothing in their place. Without fast_dev_run the
+    same config comes back.
     """
     n = config.fast_dev_run
     if n == 0:

@@ -139,7 +139,8 @@ class TerminalDisplay:
         loop, values = event["loop"], text.format_values(event.get("values") or {})
         batches = self._seen_batches.pop(loop, None)
         if self._stage != "fit":
-            self._result([loop, "" if batches is None else text.count(batches, "step"), values])
+            if values or batches is not None:  # a bare "predict" says nothing
+                self._result([loop, "" if batches is None else text.count(batches, "batch", "batches"), values])
         elif loop == "validation" and event.get("batch") is not None and values:
             self._result([self._epoch_name() or "", f"step {event['batch']}", values])
         self._meter = None

@@ -51,9 +51,9 @@ def epoch_name(epoch: int, max_epochs: int | None) -> str:
     return f"epoch {epoch + 1}/{max_epochs}" if max_epochs is not None and max_epochs > 0 else f"epoch {epoch + 1}"
 
 
-def count(number: int, noun: str) -> str:
-    """Return ``1 step``, ``2 steps``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def count(number: int, noun: str, several: str | None = None) -> str:
+    """Return ``1 step``, ``2 steps``; ``several`` for nouns that take more than an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {several or noun + 's'}"
 
 
 def tag(text: str, rank: int) -> str:

@@ -84,6 +84,8 @@ class TrainBatch:
             parts.precision.update_each_step = False
         self._split_size = split_size
         self._split = (own("tbptt_split_batch") or parts.split_time) if split_size else None
+        self._asks_for_hiddens = bool(split_size) and parts.hooks.names("training_step", "hiddens")
+        self._note = parts.output.note
         self._keep = parts.hooks.wants_epoch_outputs or event("on_train_batch_end") is not None
         self._group: list[list[Pass]] = [[] for _ in self._everyone]  # passes to compute anew, per optimizer
         self._objective: list[Tensor | None] = [None for _ in self._everyone]  # the loss of these passes together
@@ -130,6 +132,12 @@ class TrainBatch:
                 if self._split is not None and isinstance(output, dict) and "hiddens" in output:
                     hiddens = detached(output["hiddens"])
         self._metrics.place = BATCH_TRAIN
+        if self._asks_for_hiddens and hiddens is None and len(splits) > 1 and self.loss is not None:
+            self._asks_for_hiddens = False
+            self._note(
+                "training_step asks for hiddens and returned none: every piece of a batch starts afresh. Return them "
+                'beside the loss: {"loss": loss, "hiddens": state}'
+            )
         if last_of_group:
             self.groups_done += 1
         if self._late_update and self.stepped:

@@ -71,6 +71,18 @@ def scalar_result(value: Any, key: str, by: str, site: str) -> float:
     raise LogError(f"log({key!r}) at {site}: {by} gave {shape} at the end of the loop; one number is needed.{hint}")
 
 
+def _computed(metric: Any, gathered: list[Any] | None, key: str, site: str) -> float:
+    """The number that a logged metric computes over the ranks' states; LogError with key and place where it cannot."""
+    try:
+        result = compute_over_ranks(metric, gathered)
+    except Exception as error:
+        raise LogError(
+            f"log({key!r}) at {site}: compute() of {type(metric).__name__} failed at the end of the loop: "
+            f"{type(error).__name__}: {error} Was it updated in this loop?"
+        ) from error
+    return scalar_result(result, key, "compute()", site)
+
+
 def _custom(slot: Slot, values: Tensor) -> float:
     if slot.fx is None:
         raise LogError(
@@ -87,8 +99,7 @@ def reduce_alone(slots: Mapping[str, Slot], device: torch.device) -> list[Reduce
         running, value = slot.running, None
         if slot.settings.metric:
             if slot.on_epoch:
-                result = compute_over_ranks(slot.metric, None)
-                value = _tensor(scalar_result(result, slot.key, "compute()", slot.site), device)
+                value = _tensor(_computed(slot.metric, None, slot.key, slot.site), device)
         elif slot.on_epoch and running.count:
             if running.op == "custom":
                 value = _tensor(_custom(slot, running.all_values()), device)
@@ -197,8 +208,7 @@ class Agreement:
             ranks = [0] if entry.settings.rank_zero_only else range(len(gathered))
             parts = [gathered[rank][entry.key] for rank in ranks if entry.key in gathered[rank]]
             if entry.kind == "metric" and entry.key in metrics:
-                result = compute_over_ranks(metrics[entry.key], parts)
-                own[entry.key] = scalar_result(result, entry.key, "compute()", entry.site)
+                own[entry.key] = _computed(metrics[entry.key], parts, entry.key, entry.site)
                 metrics[entry.key].reset()  # counts the updates of every rank now
             elif entry.kind == "custom" and entry.key in slots:
                 own[entry.key] = _custom(slots[entry.key], torch.cat(parts))

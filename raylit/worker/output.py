@@ -28,7 +28,8 @@ class RunOutput:
     """Implements ``engine.parts.Output``. ``send`` takes display events; ``bar_items`` gives what the bar shows."""
 
     def __init__(self, state: RunState, *, send: Send | None, loggers: Sequence[Any], history: History | None,
-                 show_progress: bool, bar_items: Callable[[], Mapping[str, Any]], bar_every: int = 1) -> None:  # fmt: skip
+                 show_progress: bool, bar_items: Callable[[], Mapping[str, Any]],
+                 bar_every: int = 1) -> None:  # fmt: skip
         first = state.world.global_rank == 0
         self._send = send if first else None
         self._loggers = list(loggers) if first else []

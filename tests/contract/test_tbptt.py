@@ -230,3 +230,16 @@ def test_a_steps_value_is_the_mean_of_the_splits(tmp_path):
     # The first batch of one sample: splits of 3 and 5. The second of three samples: one split of 3.
     assert metrics["mean_epoch"] == (4 + 3 * 3) / 4 and metrics["most_epoch"] == (5 + 3 * 3) / 4
     assert metrics["mean_step"] == 3.0
+
+
+def test_hiddens_that_are_asked_for_and_never_returned_are_told_once(tmp_path, capsys):
+    class Forgets(Recurrent):
+        def training_step(self, batch, batch_idx, hiddens):
+            return {"loss": self.loss(*batch, hiddens)[0]}
+
+    quiet(tmp_path, truncated_bptt_steps=3).fit(Forgets(), sequences())
+    told = capsys.readouterr().out
+    assert told.count("training_step asks for hiddens and returned none") == 1
+    quiet(tmp_path, truncated_bptt_steps=3).fit(Recurrent(), sequences())
+    quiet(tmp_path, truncated_bptt_steps=7).fit(Forgets(), sequences())  # one piece a batch: there is nothing to carry
+    assert "hiddens" not in capsys.readouterr().out

@@ -141,7 +141,7 @@ def test_results_of_the_other_stages() -> None:
         {"kind": "stage_start", "stage": "predict"},
         {"kind": "loop_end", "loop": "predict", "values": {}},
     ]
-    assert shown(events) == "test  12 steps  acc 0.9731\npredict\n"
+    assert shown(events) == "test  12 batches  acc 0.9731\n"
 
 
 def test_validation_in_the_middle_of_an_epoch_has_its_own_line() -> None:

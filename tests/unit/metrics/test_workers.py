@@ -404,3 +404,20 @@ def test_a_metric_that_is_no_single_number_says_what_to_do_instead() -> None:
         logged(BinaryConfusionMatrix())
     with pytest.raises(LogError, match=r"log\('found'\) at .*test_workers.py.*gave dict.*Use log_dict"):
         logged(MetricCollection({"accuracy": BinaryAccuracy()}))
+
+
+def test_a_metric_that_was_never_updated_is_named() -> None:
+    from torchmetrics import CatMetric
+
+    class Strict(CatMetric):
+        def compute(self) -> Any:
+            if not len(self.value):
+                raise ValueError("No samples to concatenate")
+
+    store = MetricStore(None, CPU, len)
+    store.begin("test")
+    store.place = BATCH_EVAL
+    store.set_batch([0])
+    store.log("found", Strict())
+    with pytest.raises(LogError, match=r"log\('found'\) at .*test_workers.py.*Strict failed.*Was it updated"):
+        store.end()
