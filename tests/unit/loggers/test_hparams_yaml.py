@@ -58,7 +58,8 @@ def test_unsafe_values_are_left_out_and_named(tmp_path: Path) -> None:
     holds_itself: dict[str, Any] = {}
     holds_itself["me"] = [holds_itself]
     params = {
-        "lr": 0.1, "loss": torch.nn.MSELoss(), "fn": len, "weights": torch.ones(1001), "optim": Optim(schedule=object()),
+        "lr": 0.1, "loss": torch.nn.MSELoss(), "fn": len, "weights": torch.ones(1001),
+        "optim": Optim(schedule=object()),
         "mixed": [1, object()], "nested": [{"a": object()}], ("k",): 1, "me": holds_itself, "cls": Optim,
     }  # fmt: skip
     left_out = write_yaml(tmp_path / "h.yaml", params)
