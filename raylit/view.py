@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raylit.config.fit import FitConfig
-from raylit.errors import ConfigError, NotAttachedError, RaylitError
+from raylit.errors import ConfigError, NotAttachedError, RaylitError, nearest
 from raylit.stage import Loop, Stage, Status
 from raylit.wire import World
 
@@ -77,6 +77,34 @@ class RunState:
     replay: Callable[[], int] | None = None
 
 
+# What Lightning's trainer has and this one has not, each with what to read instead.
+NOT_HERE = {
+    "num_devices": "trainer.world_size",
+    "num_gpus": "trainer.world_size",
+    "num_nodes": "trainer.world_size, the number of workers on all nodes together",
+    "device_ids": "module.device",
+    "root_gpu": "module.device",
+    "strategy": "module.use_ddp, use_ddp2 or use_dp",
+    "accelerator": "module.on_gpu",
+    "proc_rank": "trainer.global_rank",
+    "default_root_dir": "trainer.log_dir",
+    "weights_save_path": "trainer.log_dir",
+    "running_sanity_check": "trainer.sanity_checking",
+    "interrupted": "trainer.state",
+    "is_last_batch": "trainer.num_training_batches == batch_idx + 1",
+    "total_batch_idx": "trainer.global_step",
+    "early_stopping_callback": "trainer.callbacks",
+    "early_stopping_callbacks": "trainer.callbacks",
+    "progress_bar_callback": "trainer.progress_bar_metrics",
+    "progress_bar_dict": "trainer.progress_bar_metrics",
+    "train_dataloader": "the loader that you gave, or trainer.num_training_batches",
+    "val_dataloaders": "the loaders that you gave",
+    "test_dataloaders": "the loaders that you gave",
+    "predict_dataloaders": "the loaders that you gave",
+    "print": "module.print",
+}
+
+
 class TrainerView:
     """The run as hooks may read it. ``should_stop`` may also be set: training ends after this batch, on all workers."""
 
@@ -84,6 +112,15 @@ class TrainerView:
 
     def __init__(self, state: RunState | None = None) -> None:
         self._state = RunState() if state is None else state
+
+    if not TYPE_CHECKING:  # a type checker knows what is there
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_") or hasattr(type(self), name):
+                return object.__getattribute__(self, name)  # raises what a property of this name raised
+            there = [each for each in dir(type(self)) if not each.startswith("_")]
+            hint = f" Instead: {NOT_HERE[name]}." if name in NOT_HERE else nearest(name, there)
+            raise AttributeError(f"the trainer has no attribute {name!r} in raylit.{hint}")
 
     # -- where this process stands -------------------------------------------------------------------------------
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from raylit.config.names import replacement
 from raylit.config.trainer import TRAINER_ARGUMENTS
 from raylit.errors import ConfigError, UnknownArgumentError
 from raylit.hooks.spelling import NOT_CALLED
+from raylit.view import NOT_HERE, RunState, WorkerTrainer
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "from-lightning.md").read_text()
 
@@ -113,6 +116,23 @@ size""".split()
 def test_every_member_is_there_or_answered(head: str, cls: Any, members: list[str]) -> None:
     gone = {name for name in members if not hasattr(cls, name)}
     assert gone - set(NOT_CALLED) == set(table(head)) - {"EvalResult", "TrainResult"}
+
+
+def test_attributes_of_the_trainer_that_are_not_here() -> None:
+    assert table("trainer") == NOT_HERE
+    for trainer in (raylit.Trainer(max_epochs=1), WorkerTrainer(RunState())):
+        for name, words in NOT_HERE.items():
+            assert not hasattr(trainer, name)
+            with pytest.raises(AttributeError, match=re.escape(f"no attribute {name!r} in raylit. Instead: {words}.")):
+                getattr(trainer, name)
+        # What is to be read instead is there.
+        for instead in re.findall(r"trainer\.(\w+)", " ".join(NOT_HERE.values())):
+            assert hasattr(trainer, instead), instead
+        for instead in re.findall(r"module\.(\w+)", " ".join(NOT_HERE.values())):
+            assert hasattr(raylit.Module, instead), instead
+        with pytest.raises(AttributeError, match="no attribute 'globalstep' in raylit. Did you mean 'global_step'"):
+            _ = trainer.globalstep
+        assert copy.copy(trainer).global_step == 0 and pickle.loads(pickle.dumps(trainer)).global_step == 0
 
 
 def test_arguments_that_the_script_uses_are_taken() -> None:
