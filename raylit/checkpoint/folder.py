@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
 _CHUNK = 1 << 22
-_FIRST_PAUSE_S = 0.5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
 PATIENCE_S = 30.0
 # Waiting does not help: each of these says what is wrong, and a person has to put it right.
 _FINAL = {
@@ -174,10 +174,11 @@ class Folder:
             try:
                 return operation()
             except OSError as error:
-                if error.errno in _FINAL or self._clock.now() + pause_s > until:
+                left_s = until - self._clock.now()
+                if error.errno in _FINAL or left_s <= 0:
                     raise
-            self._clock.sleep(pause_s)
-            pause_s *= 2
+            self._clock.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 class _Disk:
