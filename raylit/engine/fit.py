@@ -48,11 +48,12 @@ from raylit.engine.outputs import EpochOutputs, batch_result
 from raylit.engine.parts import Parts, Saved
 from raylit.engine.replay import replay
 from raylit.engine.resume import Position, restore, take
+from raylit.engine.schedules import Schedules
 from raylit.engine.step import TrainBatch
 from raylit.engine.walk import NOTHING, Walk
 from raylit.errors import DataError, OptimizerError
 from raylit.metrics.place import BATCH_TRAIN, EPOCH_TRAIN, NO_EPOCH
-from raylit.optim.plan import OptimPlan, SchedulerPlan, parse_optimizers, scheduler_due
+from raylit.optim.plan import OptimPlan, parse_optimizers
 from raylit.ports import LoaderLike, RunSnapshot
 from raylit.seed import get_random_state, set_random_state
 from raylit.stage import Loop, SafePoint
@@ -83,7 +84,6 @@ class Fit:
         own, event = parts.hooks.own, parts.hooks.event
         self._batch_start, self._batch_end = event("on_train_batch_start"), event("on_train_batch_end")
         self._epoch_end = own("training_epoch_end")
-        self._scheduler_override = own("lr_scheduler_step")
         self.plan = OptimPlan()
 
     def run(self) -> None:
@@ -92,7 +92,7 @@ class Fit:
         state.stepping_batches = self._stepping_batches
         self.plan = self._optimizers()
         self._train = TrainBatch(parts, self.plan, self._split_size())
-        self._steps_of = [state.global_step] * len(self.plan.optimizers)
+        self._schedules = Schedules(parts, self.plan)
         self._handle.begin_training(self.plan, self._train)
         parts.metrics.place = NO_EPOCH
         self._call("on_pretrain_routine_start")
@@ -165,7 +165,7 @@ class Fit:
         done = self._batches_done - self._epoch_base
         position = Position(
             total_batches=self._batches_done, groups=self._train.groups_done, stepped=list(self._train.stepped),
-            steps_of=list(self._steps_of),
+            steps_of=list(self._schedules.steps_of),
         )  # fmt: skip
         if done and self._walk is not None:
             position.batches, position.samples = done, self._walk.samples(done)
@@ -189,7 +189,7 @@ class Fit:
     def _take_up(self, saved: Saved) -> None:
         """Go on from a checkpoint: at an epoch's start at once, within one when its loader is opened."""
         position = Position.of(saved, len(self.plan.optimizers))
-        self._batches_done, self._steps_of = position.total_batches, position.steps_of
+        self._batches_done, self._schedules.steps_of = position.total_batches, position.steps_of
         self._train.groups_done, self._train.stepped = position.groups, position.stepped
         if position.batches and not saved.same_ranks:  # in this run's batches, of other sizes
             position.batches = -(-position.samples // self._loader.samples_per_step)
@@ -350,7 +350,7 @@ class Fit:
         state.logged_metrics.update(logged.logger)
         state.progress_bar_metrics.update(logged.progress_bar)
         parts.output.epoch_metrics(state, logged.logger, logged.progress_bar)
-        self._step_schedulers_by_epoch(state.epoch + 1)
+        self._schedules.epoch_done(state.epoch + 1)
         self._call("on_train_epoch_settled")
         self._check_that_something_stepped()
         parts.output.loop_end(state, Loop.TRAIN, logged.callback)
@@ -387,7 +387,7 @@ class Fit:
         log_every = parts.settings.log_every_n_steps if output.wants_steps else 0
         refresh = Refresh(output.refresh_s) if output.refresh_s != float("inf") else None
         validate = bool(self._val_loaders) and validation.possible and parts.settings.val_batch_limit != 0
-        step_schedulers = any(plan.interval == "step" for plan in self.plan.schedulers)
+        schedules = self._schedules if self._schedules.by_step else None
         poll = 1 if not self._several else _STOP_POLL_BATCHES
         timed = self._deadline is not None
         half, self._half = self._half, None
@@ -417,8 +417,8 @@ class Fit:
                 train.stepped = []  # a hook that steps after this is counted with the next batch
             if stepped:
                 state.global_step += 1
-                if step_schedulers:
-                    self._step_due(stepped)
+                if schedules is not None:
+                    schedules.stepped(stepped)
             self._batches_done += 1
             if collected is not None:
                 if outputs is not None:
@@ -489,55 +489,6 @@ class Fit:
         taken = parts.metrics.take_step_metrics()
         state.logged_metrics.update(taken)
         parts.output.step_metrics(state, taken)
-
-    # -- schedulers ----------------------------------------------------------------------------------------------
-    def _step_due(self, stepped: list[int]) -> None:
-        """Step the schedulers by step of the optimizers that stepped; each counts its own optimizer's steps."""
-        for index in stepped:
-            self._steps_of[index] += 1
-        if self._parts.module.automatic_optimization:  # in manual optimisation schedulers are the person's
-            for plan in self.plan.schedulers:
-                if plan.optimizer_idx in stepped and scheduler_due(plan, "step", self._steps_of[plan.optimizer_idx]):
-                    self._step_scheduler(plan)
-
-    def _step_schedulers_by_epoch(self, epochs_done: int) -> None:
-        if self._parts.module.automatic_optimization:
-            for plan in self.plan.schedulers:
-                if scheduler_due(plan, "epoch", epochs_done):
-                    self._step_scheduler(plan)
-
-    def _step_scheduler(self, plan: SchedulerPlan) -> None:
-        if self._parts.state.schedulers_on_hold:
-            return
-        metric = None
-        if plan.reduce_on_plateau:
-            known = {**self._parts.state.callback_metrics, **self._parts.metrics.step_metrics().callback}
-            metric = self._agreed(known.get(plan.monitor or ""))
-            if metric is None:
-                text = (
-                    f"the scheduler {type(plan.scheduler).__name__} monitors {plan.monitor!r}, which is not logged; "
-                    f"logged are: {', '.join(sorted(known)) or 'nothing'}"
-                )
-                if plan.strict:
-                    raise OptimizerError(text)
-                self._parts.output.note(text)
-                return
-        if self._scheduler_override is not None:
-            self._scheduler_override(plan.scheduler, metric, plan.optimizer_idx)
-        elif metric is None:
-            plan.scheduler.step()
-        else:
-            plan.scheduler.step(metric)
-
-    def _agreed(self, metric: Any) -> Any:
-        """The monitored value as all ranks see it: a step's value is each rank's own, and they must decide alike."""
-        if not self._several:
-            return metric
-        # Read off the device here: the scheduler's comparison would wait for it anyway.
-        seen = self._parts.strategy.collective.all_gather_object(None if metric is None else float(metric))
-        if None in seen:
-            return None
-        return metric if len(set(seen)) == 1 else torch.tensor(sum(seen) / len(seen), dtype=torch.float64)
 
     # -- stopping ------------------------------------------------------------------------------------------------
     def _ask_to_stop(self) -> None:
