@@ -109,7 +109,7 @@ class Moment:
     step: int  # optimizer steps done
     epoch: int  # number of the epoch that runs, or has just ended
     epoch_over: bool = False  # the epoch has no batch left
-    measured: bool = True  # the monitored metric was reduced on these weights; True where none is monitored
+    measured: bool = True  # a metric is monitored, and was reduced on these weights
 
 
 def due(when: When, moment: Moment, last_step: int) -> bool:

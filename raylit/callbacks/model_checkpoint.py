@@ -43,8 +43,9 @@ class ModelCheckpoint(Callback):
 
     One of: ``every_n_train_steps``; ``every_n_epochs`` (the default: 1); ``train_time_interval``, a timedelta or as
     Trainer's ``max_time``; ``every_n_seconds``. ``save_on_train_epoch_end``: with epochs, True: at their end; False:
-    after each validation; None: at their end, and after validations within them. A checkpoint has only metrics that
-    were measured on its own weights: where ``monitor`` was not, ranking waits for the next state where it is.
+    after each validation; None: at their end and, with a monitor, after validations within them. A checkpoint has only
+    metrics that were measured on its own weights: where ``monitor`` was not, ranking waits for the next state where it
+    is. The state at the end is ranked too, where it is kept.
     ``enable_version_counter=False``: of two of one name the earlier goes, once the later one is there.
 
     A checkpoint is a folder with ``model.ckpt``, whose path the attributes hold, on the driver too:

@@ -70,6 +70,13 @@ def collect(
     return made_safe(checkpoint) if copies else checkpoint
 
 
+def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a whole checkpoint without what only training needs."""
+    weights = {key: value for key, value in checkpoint.items()
+               if key not in ("optimizer_states", "lr_schedulers", "callbacks")}  # fmt: skip
+    return {**weights, "loops": {}, "raylit": {"schema": (checkpoint.get("raylit") or {}).get("schema", SCHEMA)}}
+
+
 def apply(checkpoint: Mapping[str, Any], state: RunState) -> None:
     """Put optimizers, schedulers, callbacks and DataModule back as a checkpoint has them; weights come before."""
     apply_optimizers(checkpoint, state)

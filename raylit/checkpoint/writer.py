@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from raylit.checkpoint.content import FILE_NAME
+from raylit.checkpoint.content import FILE_NAME, weights_of
 from raylit.checkpoint.folder import Clock, Written
 from raylit.checkpoint.ranks import file_name
 from raylit.checkpoint.store import Manifest, Store
@@ -101,7 +101,10 @@ class Writer:
         store, name = job.store, job.manifest.name
         files: dict[str, Written] = {}
         if self._rank == 0:
-            files[FILE_NAME] = store.write_part(name, FILE_NAME, snapshot.common)
+            light = job.manifest.weights_only
+            files[FILE_NAME] = store.write_part(
+                name, FILE_NAME, weights_of(snapshot.common) if light else snapshot.common
+            )
         if not job.manifest.weights_only:
             mine = file_name(self._rank)
             files[mine] = store.write_part(name, mine, snapshot.own)

@@ -12,7 +12,7 @@ from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.store import Manifest, Store, check_whole
 from raylit.driver import folder as folders
 from raylit.driver.result import LocalCheckpoint, StoredCheckpoint
-from raylit.errors import CheckpointError
+from raylit.errors import CheckpointError, ConfigError
 from raylit.worker.going_on import newest_of, stores_of
 from raylit.worker.storage import is_remote
 
@@ -38,6 +38,17 @@ def with_checkpoints(trainer: Trainer, callbacks: list[Callback]) -> list[Callba
     if trainer._own_checkpoints is None:
         trainer._own_checkpoints = ModelCheckpoint.default()
     return [*callbacks, trainer._own_checkpoints]
+
+
+def check_checkpoints(trainer: Trainer, callbacks: list[Callback]) -> None:
+    """Refuse a ModelCheckpoint in a run that keeps nothing."""
+    fit = trainer._config.fit
+    if fit.enable_checkpointing or fit.fast_dev_run or not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+        return
+    raise ConfigError(
+        "Trainer(enable_checkpointing=False) keeps nothing, and there is a ModelCheckpoint among the callbacks: leave "
+        "one of them out"
+    )
 
 
 def for_fit(trainer: Trainer, ckpt_path: Any, callbacks: list[Callback]) -> Choice:

@@ -25,7 +25,7 @@ from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
 from raylit.driver import folder as folders
-from raylit.driver.going_on import for_evaluation, for_fit, kept_by, with_checkpoints
+from raylit.driver.going_on import check_checkpoints, for_evaluation, for_fit, kept_by, with_checkpoints
 from raylit.driver.hooks import check_hooks, require
 from raylit.driver.restarts import DEFAULT, Fault, fault_of, start_again
 from raylit.driver.result import LocalResult, StoredCheckpoint
@@ -38,6 +38,7 @@ from raylit.travel import Homecoming, pack_spec, receive, unpack, with_gpu
 from raylit.wire import Job, World
 from raylit.worker.failure import bare
 from raylit.worker.loaders import HOOK
+from raylit.worker.signals import interrupts_held
 from raylit.worker.storage import files_of, is_remote, local_folder
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def _run_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> Any:
     try:
         with local_folder(run_folder, spec.run_filesystem, files_of(spec.loggers)) as folder:
             spec.run_folder = folder
-            return run(spec, World(), trainer, display.event, trainer._config.placement.use_gpu)
+            with interrupts_held(trainer._state):
+                return run(spec, World(), trainer, display.event, trainer._config.placement.use_gpu)
     finally:
         spec.run_folder = trainer._state.log_dir = run_folder
         attach_loggers(spec.loggers, run_folder, spec.run_filesystem)
@@ -365,6 +367,7 @@ def check_before_fit(
     require(model, "training_step", "write training_step(self, batch, batch_idx), returning the loss")
     require(model, "configure_optimizers", "write configure_optimizers(self); return None to run forward only")
     check_placement(trainer)
+    check_checkpoints(trainer, callbacks)
     configured(trainer._config.fit, callbacks)  # refuses callbacks that contradict one another or an argument
     check_hooks(trainer, model, callbacks, datamodule)
     check_loaders(trainer, Stage.FIT, model, loaders, datamodule)

@@ -7,15 +7,13 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from raylit.checkpoint import read
-from raylit.checkpoint.content import collect
+from raylit.checkpoint.content import collect, weights_of
 from raylit.checkpoint.ranks import ordered, read_ranks
 from raylit.errors import CheckpointError, RaylitError
 from raylit.worker.save import write_file
 
 if TYPE_CHECKING:
     from raylit.trainer import Trainer
-
-_TRAINING = ("optimizer_states", "lr_schedulers", "callbacks")
 
 
 def save_checkpoint(trainer: Trainer, path: str | os.PathLike[str], weights_only: bool) -> None:
@@ -39,8 +37,7 @@ def save_checkpoint(trainer: Trainer, path: str | os.PathLike[str], weights_only
         checkpoint = read(trainer._last_checkpoint)
         own = read_ranks(trainer._last_checkpoint, checkpoint)
         if weights_only:
-            checkpoint = {key: value for key, value in checkpoint.items() if key not in _TRAINING}
-            checkpoint["raylit"] = {"schema": checkpoint["raylit"]["schema"]}
+            checkpoint = weights_of(checkpoint)
         elif own:
             checkpoint["raylit"]["ranks"] = ordered(list(own.values()))
     try:

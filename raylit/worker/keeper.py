@@ -86,6 +86,7 @@ class CheckpointKeeper:
         self._timed = any(each.callback.when.every_s for each in self._kept)
         self._asked = 0  # safe points within epochs, for the clock
         self._closed_epoch = -1  # epochs done at the last safe point after an epoch
+        self._validated = False  # a validation of this fit is done
         self._told: list[str] = []  # failures that were said
 
     # -- before and after ----------------------------------------------------------------------------------------
@@ -142,6 +143,7 @@ class CheckpointKeeper:
             return
         if point is SafePoint.EPOCH:
             self._closed_epoch = self._state.epoch
+        self._validated = self._validated or point is SafePoint.VALIDATION
         asking = self._asking(point)
         if asking:
             self._save(point, asking, take)
@@ -162,11 +164,13 @@ class CheckpointKeeper:
         by_time, asking = self._by_time(point), []
         for index, keeping in enumerate(self._kept):
             when, monitor = keeping.callback.when, keeping.callback.monitor
-            measured = monitor is None or self._state.measured.get(monitor, _NOT)[0] == state.global_step
+            measured = monitor is not None and state.measured.get(monitor, _NOT)[0] == state.global_step
             wants = due(when, Moment(point, state.global_step, epoch, over, measured), keeping.last_step)
             if point is SafePoint.EPOCH and when.least_s:
                 wants = wants and by_time[index]
-            elif when.every_s:
+            elif point in _ENDS:
+                wants = keeping.callback.rules.save_last is not False  # else this state was not asked for
+            elif when.every_s and point is not SafePoint.EPOCH:
                 wants = wants or by_time[index]
             if wants or (keeping.owed and measured and (point is SafePoint.EPOCH or not over)):
                 asking.append(keeping)
@@ -244,7 +248,7 @@ class CheckpointKeeper:
         """A metric that nobody logs is a mistake; one of a validation that is still to come is none."""
         state = self._state
         known = state.callback_metrics
-        if monitor is None or monitor in known or (state.validates and state.eval_batches == 0):
+        if monitor is None or monitor in known or (state.validates and not self._validated):
             return
         raise ConfigError(
             f"ModelCheckpoint(monitor={monitor!r}): no metric of this name is logged.{nearest(monitor, known)} "
