@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raylit
 from raylit.errors import ResourceError
 from raylit.stage import Status
+from tests.unit.loggers.test_loggers import scalars
 
 FEATURES = 4
 
@@ -187,6 +188,7 @@ def test_result(done: Any) -> None:
 def test_run_folder(done: Any) -> None:
     for each in (done.two, done.one):
         folder = Path(each.result.path)
+        assert Path(each.trainer.logger.log_dir) == folder
         names = {p.name for p in folder.iterdir()}
         assert {"hparams.yaml", "history.parquet"} <= names
         assert any(p.name.startswith("events.out.tfevents") for p in folder.rglob("*"))
@@ -203,6 +205,7 @@ def test_evaluation_afterwards(done: Any) -> None:
     numbers = DataLoader(TensorDataset(torch.arange(5.0).view(5, 1).expand(5, FEATURES)), batch_size=1)
     for each in (done.two, done.one):
         assert each.trainer.test(dataloaders=numbers) == [{"mean": 2.0}]
+        assert (12, {"mean": 2.0}) in scalars(Path(each.result.path))  # beside what the fit logged
         predicted = each.trainer.predict(each.model, numbers)
         assert torch.cat(predicted)[:, 0].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
         # The sync of BatchNorm has nothing to do in an evaluation: the running statistics count.
