@@ -157,12 +157,13 @@ class Ran:
 def run_here(
     module: Any, loaders: Any = None, *, stage: str = "fit", rank: int = 0, world_size: int = 1, val: Any = None,
     datamodule: Any = None, callbacks: Any = (), loggers: Any = (), order_seed: int = 0, checkpoint: Any = None,
-    own_states: Any = None, checkpointer: Any = None, nodes: int = 1, held: bool = False,
+    own_states: Any = None, checkpointer: Any = None, nodes: int = 1, held: bool = False, storage: str | None = None,
     **arguments: Any,
 ) -> Ran:  # fmt: skip
     """Run one stage in this process as the given rank, past the driver: what a Ray worker does.
 
     ``nodes``: of how many it is told, though all ranks are on this one. ``held``: signals wait for the end of a batch.
+    ``storage``: the run folder, whose newest checkpoint it goes on from; kept there is what ``callbacks`` say.
     """
     import contextlib
 
@@ -176,6 +177,7 @@ def run_here(
     given: dict[str, Any] = {
         "num_workers": world_size, "use_gpu": False, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+        **({} if storage is None else {"enable_checkpointing": True}),
     }  # fmt: skip
     if not {"max_epochs", "max_steps", "max_time"} & set(arguments):
         given["max_epochs"] = 1
@@ -186,6 +188,7 @@ def run_here(
         Stage(stage), config, module, datamodule=datamodule, loaders=passed, callbacks=list(callbacks),
         loggers=list(loggers),
         order_seed=order_seed, checkpoint=checkpoint, own_states=own_states or {}, checkpointer=checkpointer,
+        storage=storage, looks_back=storage is not None,
     )  # fmt: skip
     each = world_size // nodes
     world = World(rank, rank % each, rank // each, world_size, local_world_size=each)
