@@ -171,7 +171,7 @@ def _readable(trainer: Trainer, path: str) -> Any:
 
 def check_given(path: Any) -> None:
     """Raise CheckpointError where the files of a checkpoint that was given by its path are not as they were written."""
-    if not isinstance(path, (str, os.PathLike)):
+    if hasattr(path, "as_directory") or not isinstance(path, (str, os.PathLike)):  # Ray's only looks like a path
         path = getattr(path, "path", None)
         if not isinstance(path, str) or not os.path.isdir(path):
             return
