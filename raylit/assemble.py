@@ -39,7 +39,7 @@ from raylit.metrics.history import History
 from raylit.metrics.store import MetricStore
 from raylit.module import Module
 from raylit.plain import plain_entries
-from raylit.ports import Checkpointer, Precision, RunSnapshot, Strategy
+from raylit.ports import Checkpointer, Notices, Precision, RunSnapshot, Strategy
 from raylit.precision import make_precision
 from raylit.profilers import make_profiler
 from raylit.seed import seed_everything, set_random_state
@@ -83,6 +83,7 @@ class RunSpec:
     own_states: dict[int, dict[str, Any]] = field(default_factory=dict)  # its ranks' own parts
     checkpointer: Checkpointer | None = None  # asked at every safe point of a fit; None: the keeper, where it keeps
     storage: str | None = None  # the run folder as it was given, path or URI: checkpoints are written there at once
+    notices: Notices | None = None  # of nodes that will be taken away; asked in a fit that keeps checkpoints
     looks_back: bool = False  # goes on from the newest state in the run folder, where there is one
 
 
@@ -170,6 +171,7 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
     if spec.stage is Stage.FIT and fit.enable_checkpointing and spec.storage is not None:
         keeper = CheckpointKeeper(parts, spec.storage, spec.run_filesystem)
     parts.checkpointer = spec.checkpointer or keeper
+    parts.notices = spec.notices
     parts.keeps_last = spec.stage is Stage.FIT and fit.enable_checkpointing and keeper is None
     for note in notes:
         output.note(note)
@@ -417,6 +419,10 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     # Only rank 0's objects go home, so only they are compared.
     departure = Departure.of(spec) if world.global_rank == 0 else None
     begun = files_of(spec.loggers) if world.global_rank == 0 else []  # two copies would overwrite one another
+    if spec.stage is Stage.FIT and world.storage_path is not None:
+        from raylit.worker.preemption import notices_of_ray
+
+        spec.notices = notices_of_ray()
     with local_folder(spec.run_folder, spec.run_filesystem, begun) as spec.run_folder:
         with watched(view._state, world, spec.config.fit.progress_timeout_s, channel):
             outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)

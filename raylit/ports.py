@@ -178,6 +178,20 @@ class Checkpointer(Protocol):
         """The whole state is at hand; ``take`` copies it. Every rank must call ``take``, or none.
 
         Called after each batch: the common answer, that nothing is due, must come at once and without a collective.
+        After ``PREEMPTION`` it returns once the state is written: soon there may be nobody left to write it.
+        """
+        ...
+
+
+class Notices(Protocol):
+    """Hears of nodes that the cluster is about to take away (worker side)."""
+
+    every_s: float  # announcements come to be known about this often: to ask much more often is of no use
+
+    def ask(self) -> str | None:
+        """Return a line about what was announced since the last time; None where nothing was.
+
+        A barrier: every rank calls it equally often, and all get a line, or none does.
         """
         ...
 

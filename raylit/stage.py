@@ -51,6 +51,7 @@ class SafePoint(str, Enum):
     EPOCH = "epoch"  # an epoch and its hooks are done
     END = "end"  # training is over, on_train_end has run
     INTERRUPT = "interrupt"  # training was interrupted between two batches
+    PREEMPTION = "preemption"  # a node will be taken away; between two batches, of a validation too. Training goes on
 
     def __str__(self) -> str:
         return self.value

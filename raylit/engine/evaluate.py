@@ -22,6 +22,7 @@ from torch import Tensor
 
 from raylit.config.amounts import batches
 from raylit.engine.devices import over_devices
+from raylit.engine.notices import NoticeWatch
 from raylit.engine.outputs import detached
 from raylit.engine.parts import Parts
 from raylit.metrics.place import BATCH_EVAL, EPOCH_EVAL, NO_EPOCH
@@ -64,11 +65,13 @@ class Evaluation:
         return self._step is not None
 
     def run(
-        self, loaders: list[LoaderLike], limit: int | float, at_most: int | float = 1.0
-    ) -> tuple[list[dict[str, Tensor]], list[list[Any]]]:
+        self, loaders: list[LoaderLike], limit: int | float, at_most: int | float = 1.0,
+        notices: NoticeWatch | None = None,
+    ) -> tuple[list[dict[str, Tensor]], list[list[Any]]]:  # fmt: skip
         """Run all loaders; return the metrics of each, and each one's kept outputs (for prediction, on the CPU).
 
         ``limit`` and ``at_most``: batches of each loader, or fractions of it; the smaller of the two holds.
+        ``notices``: looked at between batches, and after each loader.
         """
         state, metrics = self._parts.state, self._parts.metrics
         outer, state.loop = state.loop, self._loop
@@ -82,7 +85,8 @@ class Evaluation:
                 metrics.place = EPOCH_EVAL
                 _call(self._start)
                 _call(self._epoch_start)
-                kept = [self._one_loader(loader, index, limit, at_most) for index, loader in enumerate(loaders)]
+                kept = [self._one_loader(loader, index, limit, at_most, notices)
+                        for index, loader in enumerate(loaders)]  # fmt: skip
                 if self._epoch_end is not None or self._epoch_ended is not None:
                     state.callback_metrics.update(metrics.settle().callback)  # for these hooks to read
                 if self._epoch_end is not None:
@@ -112,7 +116,8 @@ class Evaluation:
             return mine
         return int(self._parts.strategy.collective.all_reduce(torch.tensor(float(mine)), "max").item())
 
-    def _one_loader(self, loader: LoaderLike, index: int, limit: int | float, at_most: int | float) -> list[Any]:
+    def _one_loader(self, loader: LoaderLike, index: int, limit: int | float, at_most: int | float,
+                    notices: NoticeWatch | None) -> list[Any]:  # fmt: skip
         """Run one loader on this rank; return the outputs that an epoch-end hook or the caller will ask for."""
         parts, step = self._parts, self._step
         assert step is not None
@@ -130,6 +135,7 @@ class Evaluation:
         refresh = Refresh(parts.output.refresh_s)
         told = self._loop in (Loop.VALIDATION, Loop.TEST) and parts.output.wants_steps
         log_every = parts.settings.log_every_n_steps if told else 0
+        together = notices.begin(None if mine is None else total) if notices is not None else 0
         for batch_idx, batch in enumerate(_first(loader, total)):
             if transfer is not None:
                 batch = transfer(batch, index)
@@ -154,7 +160,11 @@ class Evaluation:
                 self._log_step()
             if refresh.due():
                 parts.output.progress(state, batch_idx + 1, total, None)
+            if notices is not None and batch_idx < together:
+                notices.batch_done()
         metrics.place = EPOCH_EVAL
+        if notices is not None:
+            notices.look()
         return kept
 
     def _log_step(self) -> None:

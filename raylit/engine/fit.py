@@ -44,6 +44,7 @@ from raylit.engine.decide import (
 )
 from raylit.engine.evaluate import Evaluation, Refresh
 from raylit.engine.handle import ModuleHandle
+from raylit.engine.notices import NoticeWatch
 from raylit.engine.outputs import EpochOutputs, batch_result
 from raylit.engine.parts import Parts, Saved
 from raylit.engine.replay import replay
@@ -84,6 +85,9 @@ class Fit:
         own, event = parts.hooks.own, parts.hooks.event
         self._batch_start, self._batch_end = event("on_train_batch_start"), event("on_train_batch_end")
         self._epoch_end = own("training_epoch_end")
+        self._notices = NoticeWatch.of(parts, self._take)
+        # A validation that is under way is not kept: it runs anew, from where it began.
+        self._validation_notices = NoticeWatch.of(parts, lambda: take(self, at_safe_point=False))
         self.plan = OptimPlan()
 
     def run(self) -> None:
@@ -391,7 +395,7 @@ class Fit:
         poll = 1 if not self._several else _STOP_POLL_BATCHES
         timed = self._deadline is not None
         half, self._half = self._half, None
-        walk, checkpointer = self._open(half), parts.checkpointer
+        walk, checkpointer, notices = self._open(half), parts.checkpointer, self._notices
         final, batch_idx = walk.final, walk.first - 1
         if half is not None:
             self._finish_batch(half, log_every, validate)
@@ -441,6 +445,8 @@ class Fit:
             if self._stop_now:
                 self._stop_within(last)
                 break
+            if notices is not None:
+                notices.batch_done()
         else:
             if batch_idx < final and not self._stop_now:
                 raise DataError(
@@ -477,7 +483,8 @@ class Fit:
         # One model is evaluated, not one a rank: its numbers must not depend on which rank saw which sample.
         self._parts.strategy.equalize_buffers(self._parts.module)
         self.before_validation = random_state(self._parts.state.device)
-        self._validation.run(self._val_loaders, self._parts.settings.val_batch_limit)
+        limit = self._parts.settings.val_batch_limit
+        self._validation.run(self._val_loaders, limit, notices=self._validation_notices)
         self._parts.metrics.place = BATCH_TRAIN
 
     def _log_step(self) -> None:

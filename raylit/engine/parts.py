@@ -13,7 +13,7 @@ from raylit.datamodule import DataModule
 from raylit.hooks import HookTable
 from raylit.metrics.store import MetricStore
 from raylit.module import Module
-from raylit.ports import Checkpointer, LoaderLike, Precision, Strategy
+from raylit.ports import Checkpointer, LoaderLike, Notices, Precision, Strategy
 from raylit.stage import Loop
 from raylit.view import RunState, TrainerView
 
@@ -89,6 +89,8 @@ class Parts:
     on_save: Callable[[dict[str, Any]], None] | None = None
     # asked at every safe point; None where nobody keeps checkpoints while the run goes on
     checkpointer: Checkpointer | None = None
+    # who hears of nodes that will be taken away; None where nobody does
+    notices: Notices | None = None
     # the state at the end is wanted
     keeps_last: bool = False
     # each submodule's mode before the evaluation that runs

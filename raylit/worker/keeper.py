@@ -34,9 +34,10 @@ _LAST_JOIN_S = 60.0  # after an exception: how long the save in flight may take
 _NEVER = 1 << 62
 _NOT = (-1, None)
 _ENDS = (SafePoint.END, SafePoint.INTERRUPT)
+_NEEDED = (*_ENDS, SafePoint.PREEMPTION)  # the state of now is wanted, whatever was measured on it
 # What a state is, so that one that is there already is not written again:
-# (the epoch is closed, epoch, step, batch of the epoch).
-State = tuple[bool, int, int, int]
+# (the epoch is closed, epoch, step, batch of the epoch; a half less while the validation after it runs).
+State = tuple[bool, int, int, float]
 
 
 @dataclass
@@ -144,18 +145,26 @@ class CheckpointKeeper:
         if point is SafePoint.EPOCH:
             self._closed_epoch = self._state.epoch
         self._validated = self._validated or point is SafePoint.VALIDATION
-        asking = self._asking(point)
+        asking = [self._best_placed] if point is SafePoint.PREEMPTION else self._asking(point)
         if asking:
             self._save(point, asking, take)
         self._next_step = min((self._state.global_step // k.steps + 1) * k.steps if k.steps else _NEVER
                               for k in self._kept)  # fmt: skip
-        if point in _ENDS and self._settle() and self._first:
+        if point in _NEEDED and self._settle() and self._first and point is not SafePoint.PREEMPTION:
             warnings.warn(
                 f"the state at the end of the fit could not be kept: {self._told[-1]}. The weights are in the model, "
                 "and trainer.save_checkpoint(path) writes them elsewhere",
                 UserWarning,
                 stacklevel=2,
             )
+
+    @property
+    def _best_placed(self) -> _Keeping:
+        """The one that keeps a state for a run to go on from; where none does of its own accord, the first must."""
+        for each in self._kept:
+            if each.callback.rules.save_last is not False and not each.callback.save_weights_only:
+                return each
+        return self._kept[0]
 
     def _asking(self, point: SafePoint) -> list[_Keeping]:
         """Those that something is due for; the same on every rank."""
@@ -198,13 +207,15 @@ class CheckpointKeeper:
 
     def _within(self, point: SafePoint) -> bool:
         """True for a point in the middle of an epoch."""
-        return point not in (SafePoint.EPOCH, SafePoint.END) and self._state.loop is Loop.TRAIN
+        within = (Loop.TRAIN, Loop.VALIDATION)
+        return point not in (SafePoint.EPOCH, SafePoint.END) and self._state.loop in within
 
     def _here(self, point: SafePoint) -> State:
         """What state a snapshot at this point holds."""
         state = self._state
         if self._within(point):
-            return (False, state.epoch, state.global_step, state.batch_idx)
+            half = 0.5 if state.loop is Loop.VALIDATION else 0
+            return (False, state.epoch, state.global_step, state.batch_idx - half)
         if point is not SafePoint.END:
             return (True, state.epoch, state.global_step, -1)
         if self._closed_epoch != state.epoch and state.epoch > 0 and state.batch_idx >= 0:
@@ -226,7 +237,7 @@ class CheckpointKeeper:
         if point is SafePoint.END and self._changed_at_end():
             return {}
         metrics = {name: float(value) for name, value in self._measured().items()}
-        if point in _ENDS:
+        if point in _NEEDED:
             return metrics
         if point is SafePoint.EPOCH:
             for keeping in asking:
@@ -258,7 +269,7 @@ class CheckpointKeeper:
     # -- saving --------------------------------------------------------------------------------------------------
     def _save(self, point: SafePoint, asking: list[_Keeping], take: Callable[[], RunSnapshot]) -> None:
         metrics, here = self._measure(point, asking), self._here(point)
-        for keeping in asking:
+        for keeping in asking if point is not SafePoint.PREEMPTION else ():  # which changes no rhythm
             if point not in _ENDS:
                 keeping.last_step, keeping.due_at = self._state.global_step, self._now() + keeping.pause_s
             rules, score = keeping.callback.rules, metrics.get(keeping.callback.monitor or "")
@@ -269,11 +280,11 @@ class CheckpointKeeper:
             return
         if self._settle():  # the save before was not written: what is kept, and so what is to do, is another
             chosen = [self._decide(each, point, here, metrics) for each in asking]
-        jobs = [self._job(each, decision, name, here, metrics, self._epoch(point))
+        jobs = [self._job(each, decision, name, here, metrics, point)
                 for each, (decision, name) in zip(asking, chosen) if decision.save]  # fmt: skip
         if not jobs:
             return
-        weights_only = all(job.manifest.weights_only for job in jobs) and point not in _ENDS
+        weights_only = all(job.manifest.weights_only for job in jobs) and point not in _NEEDED
         snapshot = self._state.take(True) if weights_only and self._state.take is not None else take()
         loop = (snapshot.common.get("loops") or {}).get("fit_loop") or {}
         batches = int(loop.get("total_batches", 0))
@@ -281,10 +292,13 @@ class CheckpointKeeper:
 
     def _decide(self, keeping: _Keeping, point: SafePoint, here: State,
                 metrics: dict[str, float]) -> tuple[Decision, str]:  # fmt: skip
-        callback, at_end = keeping.callback, point in _ENDS
-        if keeping.saved is not None and keeping.saved[0] == here:
+        callback, rules, at_end = keeping.callback, keeping.callback.rules, point in _NEEDED
+        if point is SafePoint.PREEMPTION and rules.save_last is False:
+            rules = replace(rules, save_last=None)
+        light = callback.save_weights_only and point is SafePoint.PREEMPTION  # what is there is not enough
+        if keeping.saved is not None and keeping.saved[0] == here and not light:
             name = keeping.saved[1]
-            keeping.kept = same_again(callback.rules, keeping.kept, name, at_end=at_end)
+            keeping.kept = same_again(rules, keeping.kept, name, at_end=at_end)
             callback.has(keeping.kept)
             return Decision(False, keeping.kept), name
         values = {**metrics, "epoch": self._epoch(point), "step": self._state.global_step}
@@ -293,13 +307,13 @@ class CheckpointKeeper:
         while name in keeping.taken:
             version += 1
             name = callback.format_checkpoint_name(values, ver=version)
-        decision = decide(callback.rules, keeping.kept, name, metrics.get(callback.monitor or ""), at_end=at_end)
+        decision = decide(rules, keeping.kept, name, metrics.get(callback.monitor or ""), at_end=at_end)
         if not callback.enable_version_counter and name != plain and plain in decision.kept.names:
             decision = replace(decision, kept=decision.kept.without(plain), delete=(*decision.delete, plain))
         return decision, name
 
     def _job(self, keeping: _Keeping, decision: Decision, name: str, here: State, metrics: dict[str, float],
-             epoch: int) -> Job:  # fmt: skip
+             point: SafePoint) -> Job:  # fmt: skip
         callback, state = keeping.callback, self._state
         keeping.before, keeping.kept, keeping.saved = keeping.kept, decision.kept, (here, name)
         for other in self._kept:  # those of one folder share its names
@@ -310,9 +324,10 @@ class CheckpointKeeper:
             score = callback.current_score
             text = "" if score is None else f", {callback.monitor} = {float(score):.6g}"
             self._parts.output.note(f"ModelCheckpoint: saving {name} (step {state.global_step}{text})")
+        light = callback.save_weights_only and point is not SafePoint.PREEMPTION
         manifest = Manifest(
-            name, state.global_step, 0, epoch, state.world.world_size, metrics, callback.monitor, callback.mode,
-            callback.state_key, self._run, callback.save_weights_only,
+            name, state.global_step, 0, self._epoch(point), state.world.world_size, metrics, callback.monitor,
+            callback.mode, callback.state_key, self._run, light,
         )  # fmt: skip
         return Job(keeping.store, manifest, decision.delete)
 

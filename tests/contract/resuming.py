@@ -62,7 +62,7 @@ def run_recorded(
     make: Callable[[], raylit.Module], loaders: Callable[[], Any], *, seed: int, recorder: Recorder | None = None,
     rank: int = 0, world_size: int = 1, common: Any = None, own: dict[int, Any] | None = None,
     val: Callable[[], Any] | None = None, callbacks: Callable[[], Iterable[Any]] = tuple,
-    held: bool = False, **arguments: Any,
+    held: bool = False, notices: Any = None, **arguments: Any,
 ) -> tuple[Ran, Recorder]:  # fmt: skip
     """Fit with states of the random generators that follow from ``seed`` and the rank.
 
@@ -74,7 +74,7 @@ def run_recorded(
     ran = run_here(
         module, loaders(), rank=rank, world_size=world_size, val=None if val is None else val(),
         callbacks=callbacks(), order_seed=seed, checkpoint=common, own_states=own, checkpointer=recorder, held=held,
-        **arguments,
+        notices=notices, **arguments,
     )  # fmt: skip
     return ran, recorder
 

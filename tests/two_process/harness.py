@@ -158,12 +158,13 @@ def run_here(
     module: Any, loaders: Any = None, *, stage: str = "fit", rank: int = 0, world_size: int = 1, val: Any = None,
     datamodule: Any = None, callbacks: Any = (), loggers: Any = (), order_seed: int = 0, checkpoint: Any = None,
     own_states: Any = None, checkpointer: Any = None, nodes: int = 1, held: bool = False, storage: str | None = None,
-    **arguments: Any,
+    notices: Any = None, **arguments: Any,
 ) -> Ran:  # fmt: skip
     """Run one stage in this process as the given rank, past the driver: what a Ray worker does.
 
     ``nodes``: of how many it is told, though all ranks are on this one. ``held``: signals wait for the end of a batch.
     ``storage``: the run folder, whose newest checkpoint it goes on from; kept there is what ``callbacks`` say.
+    ``notices``: who tells of nodes that will be taken away.
     """
     import contextlib
 
@@ -188,7 +189,7 @@ def run_here(
         Stage(stage), config, module, datamodule=datamodule, loaders=passed, callbacks=list(callbacks),
         loggers=list(loggers),
         order_seed=order_seed, checkpoint=checkpoint, own_states=own_states or {}, checkpointer=checkpointer,
-        storage=storage, looks_back=storage is not None,
+        storage=storage, looks_back=storage is not None, notices=notices,
     )  # fmt: skip
     each = world_size // nodes
     world = World(rank, rank % each, rank // each, world_size, local_world_size=each)

@@ -1,0 +1,71 @@
+"""What Ray Train says of nodes that will be taken away (spot instances, maintenance). Floor 4, on a Ray worker.
+
+Implements ``ports.Notices``. Ray's own function is a round trip of all ranks to one actor, a few milliseconds, so the
+engine calls it every few seconds only (``raylit/engine/notices.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Ray Train's public settings; the driver hands them on to every worker.
+_WATCHER, _INTERVAL = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
+_DEFAULT_INTERVAL_S = 5.0
+
+
+class RayNotices:
+    """Tells of each node once.
+
+    ``ask``: ``ray.train.get_preemption_info``. ``name``: (node id) -> what people call it. ``now``: Unix time.
+    """
+
+    def __init__(self, ask: Callable[[], Any], every_s: float, name: Callable[[str], str],
+                 now: Callable[[], float] = time.time) -> None:  # fmt: skip
+        self.every_s = every_s
+        self._ask, self._name, self._now = ask, name, now
+        self._told: set[str] = set()
+
+    def ask(self) -> str | None:
+        """A line about the nodes that were announced since the last time. A barrier of all ranks."""
+        info = self._ask()
+        if info is None:
+            return None
+        ranks: dict[str, list[int]] = info.preempted_node_to_ranks
+        new = [node for node in ranks if node not in self._told]
+        if not new:
+            return None
+        self._told.update(new)
+        nodes = ", ".join(f"node {self._name(node)} with {_workers(ranks[node])}" for node in new)
+        when = "soon"
+        if info.deadline_ms is not None:
+            when = f"in {max(info.deadline_ms / 1000 - self._now(), 0.0):.0f} s"
+        return f"{nodes} will be taken away {when}"
+
+
+def _workers(ranks: list[int]) -> str:
+    return f"worker{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+
+
+def notices_of_ray() -> RayNotices | None:
+    """What this Ray Train worker can ask; None where nobody watches (one machine alone), or Ray is too old for it."""
+    if os.environ.get(_WATCHER, "1").lower() in ("0", "false"):
+        return None
+    import ray.train
+
+    ask = getattr(ray.train, "get_preemption_info", None)
+    if ask is None:
+        return None
+    return RayNotices(ask, float(os.environ.get(_INTERVAL, _DEFAULT_INTERVAL_S)), node_name)
+
+
+def node_name(node_id: str) -> str:
+    """Host name and address of a node, or its id where Ray knows no more."""
+    import ray
+
+    for node in ray.nodes():
+        if node["NodeID"] == node_id:
+            return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+    return node_id

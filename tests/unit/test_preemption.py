@@ -1,0 +1,45 @@
+"""How Ray Train's announcements are worded, and told once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from raylit.worker.preemption import RayNotices, notices_of_ray
+
+
+@dataclass
+class Info:
+    """Ray's ``PreemptionInfo``, as far as it is read."""
+
+    preempted_node_to_ranks: dict[str, list[int]]
+    deadline_ms: int | None = None
+
+
+def told(*answers: Any) -> list[str | None]:
+    waiting = list(answers)
+    notices = RayNotices(lambda: waiting.pop(0), 5.0, lambda node: f"{node}.lan (10.0.0.1)", lambda: 1000.0)
+    return [notices.ask() for _ in answers]
+
+
+def test_each_node_is_told_once_with_workers_and_time_left() -> None:
+    first, both = Info({"b": [2]}, 1_019_600), Info({"b": [2], "a": [0, 1]})
+    assert told(None, first, first, both, both) == [
+        None,
+        "node b.lan (10.0.0.1) with worker 2 will be taken away in 20 s",
+        None,
+        "node a.lan (10.0.0.1) with workers 0, 1 will be taken away soon",
+        None,
+    ]
+
+
+def test_a_deadline_that_has_passed() -> None:
+    assert told(Info({"b": [2]}, 1)) == ["node b.lan (10.0.0.1) with worker 2 will be taken away in 0 s"]
+
+
+@pytest.mark.parametrize("setting", ["0", "False"])
+def test_where_ray_watches_not_nobody_is_asked(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", setting)
+    assert notices_of_ray() is None
