@@ -26,5 +26,5 @@ def test_it_is_no_path(tmp_path: Path) -> None:
     check_given(RaysCheckpoint("bucket/run/checkpoint"))  # on a storage: looked at when it is read
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / "manifest.json").write_text("no json")
-    with pytest.raises(CheckpointError, match="good"):
+    with pytest.raises(CheckpointError, match="manifest.json cannot be read"):
         check_given(RaysCheckpoint(str(tmp_path / "good")))
