@@ -1,4 +1,4 @@
-"""A Ray ``Checkpoint`` as ``ckpt_path``: it has ``__fspath__``, which raises, so that it must not be taken for a path."""
+"""A Ray ``Checkpoint`` as ``ckpt_path``: it has ``__fspath__``, which raises, so it must not be taken for a path."""
 
 from __future__ import annotations
 
