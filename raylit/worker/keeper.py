@@ -107,7 +107,7 @@ class CheckpointKeeper:
         try:
             for found in store.survey():
                 manifest = found.manifest
-                if manifest is None and callback.own_folder is None and len(self._kept) == 1:
+                if manifest is None and callback.own_folder is None:
                     store.folder.delete_folder(found.name)
                     continue
                 names.append(found.name)
