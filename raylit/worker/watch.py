@@ -116,7 +116,9 @@ def is_waiting(frame: FrameType | None) -> bool:
 
 def own_frames(frame: FrameType | None) -> list[list[Any]]:
     """The innermost frames of the person's own files as [file, line, function, source]; of any where there are none."""
-    found = [[f.filename, f.lineno or 0, f.name, (f.line or "").strip()] for f in traceback.extract_stack(frame)]
+    found: list[list[Any]] = [
+        [f.filename, f.lineno or 0, f.name, (f.line or "").strip()] for f in traceback.extract_stack(frame)
+    ]
     inside = library_folders()
     own = [each for each in found if not each[0].startswith(("<frozen", *inside))]
     return (own or found[-3:])[-_FRAMES:]
