@@ -53,6 +53,10 @@ class ModelCheckpoint(Callback):
     ``kth_best_model_path``, ``kth_value``, ``current_score``. ConfigError for arguments that contradict one another.
     """
 
+    best_k_models: dict[str, Tensor]
+    best_model_score: Tensor | None
+    kth_value: Tensor | None
+    current_score: Tensor | None
     CHECKPOINT_JOIN_CHAR = "-"
     CHECKPOINT_EQUALS_CHAR = "="
 
@@ -142,12 +146,12 @@ class ModelCheckpoint(Callback):
         return f"{self.dirpath}/{name}/{FILE_NAME}"
 
     def _forget(self) -> None:
-        self.best_k_models: dict[str, Tensor] = {}
+        self.best_k_models = {}
         self.best_model_path = self.last_model_path = self.kth_best_model_path = ""
-        self.best_model_score: Tensor | None = None
+        self.best_model_score = None
         self._before: tuple[str, Tensor | None] = ("", None)  # the best of the run that this one goes on from
-        self.kth_value: Tensor | None = None
-        self.current_score: Tensor | None = None
+        self.kth_value = None
+        self.current_score = None
 
     # -- names ---------------------------------------------------------------------------------------------------
     def format_checkpoint_name(self, metrics: Mapping[str, Any], filename: str | None = None,

@@ -90,7 +90,7 @@ class Folder:
         self._disk: _Disk | _Storage | None = None
 
     @property
-    def _on(self) -> _Disk | _Storage:
+    def _on(self) -> Any:  # a _Disk or a _Storage: they share what is asked of both
         if self._disk is None:  # looked up late: a URI's storage may be away, and its library takes time to load
             self._disk = _Disk(self.path) if self.local else _Storage(self.path, self.given_filesystem)
         return self._disk
@@ -98,12 +98,12 @@ class Folder:
     @property
     def filesystem(self) -> Any:
         """pyarrow's filesystem of a storage; None for a folder of this machine."""
-        return None if self.local else self._steadily(lambda: self._on).filesystem  # type: ignore[union-attr]
+        return None if self.local else self._steadily(lambda: self._on).filesystem
 
     @property
     def path_on_filesystem(self) -> str:
         """The folder's path as ``filesystem`` takes it."""
-        return self._steadily(lambda: self._on).root
+        return str(self._steadily(lambda: self._on).root)
 
     # -- reading -------------------------------------------------------------------------------------------------
     def folders(self) -> list[str]:
@@ -112,11 +112,13 @@ class Folder:
 
     def read(self, at: str) -> bytes | None:
         """Return a small file's content; None where it is not there."""
-        return self._steadily(lambda: self._on.read(at))
+        found: bytes | None = self._steadily(lambda: self._on.read(at))
+        return found
 
     def size(self, at: str) -> int | None:
         """Return a file's size in bytes; None where it is not there."""
-        return self._steadily(lambda: self._on.size(at))
+        size_bytes: int | None = self._steadily(lambda: self._on.size(at))
+        return size_bytes
 
     def sha256(self, at: str) -> str:
         """Read a file to its end and return its checksum."""
@@ -148,7 +150,8 @@ class Folder:
         then copied there.
         """
         if self.local:
-            return self._steadily(lambda: self._on.write(at, serialise))
+            written: Written = self._steadily(lambda: self._on.write(at, serialise))
+            return written
         with tempfile.TemporaryDirectory(prefix="raylit-") as folder:
             staged = os.path.join(folder, "staged")
             written = write_through(staged, serialise)
@@ -224,7 +227,10 @@ class _Disk:
         return written
 
     def write_small(self, at: str, data: bytes) -> None:
-        self.write(at, lambda file: file.write(data) and None)
+        def serialise(file: Hashed) -> None:
+            file.write(data)
+
+        self.write(at, serialise)
 
     def delete_file(self, at: str) -> None:
         target = self._of(at)
@@ -253,11 +259,10 @@ class _Storage:
 
         self._fs = pyarrow.fs
         try:
-            self.filesystem, self.root = (
-                (filesystem, root) if filesystem is not None else pyarrow.fs.FileSystem.from_uri(root)
-            )
+            known = (filesystem, root) if filesystem is not None else pyarrow.fs.FileSystem.from_uri(root)
         except ValueError as error:  # pyarrow's own, for a scheme that it does not know
             raise OSError(errno.EINVAL, f"{root!r}: {str(error).splitlines()[0]}") from None
+        self.filesystem, self.root = known[0], str(known[1])
 
     def folders(self) -> list[str]:
         found = self.filesystem.get_file_info(self._fs.FileSelector(self.root, allow_not_found=True))
@@ -275,9 +280,6 @@ class _Storage:
 
     def opened(self, at: str) -> Any:
         return self.filesystem.open_input_stream(self._of(at))
-
-    def write(self, at: str, serialise: Callable[[Hashed], None]) -> Written:
-        raise NotImplementedError  # Folder stages the file first
 
     def upload(self, local: str, at: str) -> None:
         self._make(at)

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -178,7 +178,7 @@ class Store:
         """Write one file of a checkpoint that has no manifest yet; plain values and tensors on the CPU."""
 
         def serialise(out: Hashed) -> None:
-            torch.save(dict(content), out)
+            torch.save(dict(content), cast(IO[bytes], out))  # it asks for write and flush alone
 
         return self.folder.write(f"{name}/{file}", serialise)
 

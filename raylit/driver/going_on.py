@@ -73,7 +73,7 @@ def for_fit(trainer: Trainer, ckpt_path: Any, callbacks: list[Callback]) -> Choi
 def for_evaluation(trainer: Trainer, stage: str, ckpt_path: Any, same_model: bool) -> Choice:
     """What an evaluation loads. ``same_model``: none was passed, so it is that of the fit before."""
     if ckpt_path is not None:
-        return Choice(_resolved(trainer, ckpt_path, trainer._config.fit.callbacks))
+        return Choice(_resolved(trainer, ckpt_path, list(trainer._config.fit.callbacks)))
     best = next((each for each in trainer._state.callbacks if _has_best(each)), None)
     if not same_model or not isinstance(best, ModelCheckpoint) or trainer._run_folder is None:
         return Choice()
