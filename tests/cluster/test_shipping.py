@@ -5,22 +5,14 @@ The hosts are two raylets; the second runs in a mount namespace of its own, in w
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-RAY = Path(sys.executable).with_name("ray")
+from tests.cluster.hosts import environment_of, hosts, may_hide_folders
 
 SCRIPT = """
     import os
@@ -60,59 +52,15 @@ SCRIPT = """
 """
 
 
-def _may_hide_folders() -> bool:
-    tool = shutil.which("unshare")
-    return tool is not None and subprocess.run([tool, "-m", "true"], capture_output=True).returncode == 0
-
-
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.skipif(not _may_hide_folders(), reason="needs Linux and the right to make a mount namespace"),
+    pytest.mark.skipif(not may_hide_folders(), reason="needs Linux and the right to make a mount namespace"),
 ]
 
 
-@contextlib.contextmanager
-def two_hosts(hidden: Path, environment: dict[str, str]) -> Iterator[str]:
-    """Start two raylets of one CPU each, ``hidden`` being empty for the second; yield the cluster's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"127.0.0.1:{port}"
-    own = ["--num-cpus=1", "--object-store-memory=100000000", "--block"]
-    head = [str(RAY), "start", "--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
-    head += own
-    member = [str(RAY), "start", f"--address={address}", "--node-ip-address=127.0.0.2", *own]
-    hide = 'mount -t tmpfs none "$1" && shift && exec "$@"'
-    running: list[subprocess.Popen[str]] = []
-    try:
-        for command in (head, ["unshare", "-m", "sh", "-c", hide, "sh", str(hidden), *member]):
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
-            )
-            running.append(process)
-            assert process.stdout is not None
-            told: list[str] = []
-            for line in process.stdout:  # ends if the process does
-                told.append(line)
-                if "Ray runtime started" in line:
-                    break
-            else:
-                pytest.fail("a host did not start:\n" + "".join(told))
-        yield address
-    finally:
-        for process in reversed(running):
-            process.terminate()  # ray start --block ends what it has started
-        for process in running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=30)
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-
-
 def run_script(project: Path, hidden: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    with two_hosts(hidden, environment) as address:
+    with hosts(environment, [hidden]) as address:
         return subprocess.run(
             [sys.executable, "train.py"], cwd=project, env={**environment, "RAY_ADDRESS": address},
             capture_output=True, text=True, timeout=240,
@@ -126,20 +74,8 @@ def test_the_scripts_folder_reaches_a_host_that_has_it_not(tmp_path: Path) -> No
     (project / "data" / "told.txt").write_text("42\n")
     (project / "neighbour.py").write_text("def loss(output):\n    return (output**2).mean()\n")
     (project / "train.py").write_text(textwrap.dedent(SCRIPT))
-    environment = {
-        **os.environ,
-        "RAYLIT_TEST_HIDDEN": str(project),
-        "RAYLIT_TEST_STORAGE": str(tmp_path / "results"),
-        "PYTHONPATH": str(ROOT),
-        # A head that finds a token on the machine asks everyone for it; this cluster has one of its own.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
-    environment.pop("RAY_ADDRESS", None)
-    # A folder of its own for Ray, with a short name (sockets lie in it): what this cluster leaves would otherwise
-    # be taken for a running one by everyone who starts Ray on this machine afterwards.
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        environment["RAY_TMPDIR"] = folder
+    settings = {"RAYLIT_TEST_HIDDEN": str(project), "RAYLIT_TEST_STORAGE": str(tmp_path / "results")}
+    with environment_of(**settings) as environment:
         run = run_script(project, hidden, environment)
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
