@@ -110,6 +110,10 @@ class Folder:
         """Return the names of the folders within this one, sorted; none where it does not exist."""
         return sorted(self._steadily(lambda: self._on.folders()))
 
+    def files(self, name: str) -> list[str]:
+        """Return the names of what is in one of these folders, sorted; none where it does not exist."""
+        return sorted(self._steadily(lambda: self._on.files(name)))
+
     def read(self, at: str) -> bytes | None:
         """Return a small file's content; None where it is not there."""
         found: bytes | None = self._steadily(lambda: self._on.read(at))
@@ -196,6 +200,12 @@ class _Disk:
         except FileNotFoundError:
             return []
 
+    def files(self, name: str) -> list[str]:
+        try:
+            return os.listdir(self._of(name))
+        except FileNotFoundError:
+            return []
+
     def read(self, at: str) -> bytes | None:
         try:
             with self.opened(at) as file:
@@ -267,6 +277,10 @@ class _Storage:
     def folders(self) -> list[str]:
         found = self.filesystem.get_file_info(self._fs.FileSelector(self.root, allow_not_found=True))
         return [each.base_name for each in found if each.type is self._fs.FileType.Directory]
+
+    def files(self, name: str) -> list[str]:
+        found = self.filesystem.get_file_info(self._fs.FileSelector(self._of(name), allow_not_found=True))
+        return [each.base_name for each in found]
 
     def read(self, at: str) -> bytes | None:
         if self.size(at) is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,8 @@ from raylit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+# What a save that was cut short leaves: files of ours, and no manifest.
+_OWN = re.compile(r"(model\.ckpt|rank_\d{5}\.ckpt|rank_\d{5}\.ckpt\..*\.json)(\.partial)?|manifest\.json\.partial")
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,13 @@ class Store:
     def publish(self, manifest: Manifest) -> None:
         """Make a checkpoint be there: all its files are."""
         self.folder.write_small(f"{manifest.name}/{MANIFEST}", replace(manifest, saved_at=time.time()).to_json())
+
+    def sweep(self, name: str) -> bool:
+        """Delete what is left of a checkpoint that was never finished; False where anything else lies in the folder."""
+        if not all(_OWN.fullmatch(file) for file in self.folder.files(name)):
+            return False
+        self.folder.delete_folder(name)
+        return True
 
     def delete(self, name: str) -> None:
         """Delete a checkpoint: it is gone with its manifest, and then its files go."""

@@ -50,6 +50,7 @@ class Writer:
     def __init__(self, rank: int, world_size: int, *, peers_s: float = PEERS_S, clock: Clock | None = None) -> None:
         self._rank, self._world_size, self._peers_s = rank, world_size, peers_s
         self._clock = clock or Clock()
+        self.attempt = ""  # the same on all ranks, and another after a restart: what a killed rank left is not read
         self._thread: threading.Thread | None = None
         self._outcomes: list[Outcome] = []
         self.failed: Outcome | None = None  # of the save in flight; read without a lock
@@ -116,10 +117,10 @@ class Writer:
             store.publish(replace(job.manifest, files=files))
             if not job.manifest.weights_only:
                 for rank in range(1, self._world_size):
-                    _tried(partial(store.folder.delete_file, _note(job, rank)))
+                    _tried(partial(store.folder.delete_file, self._note(job, rank)))
 
     def _leave_note(self, job: Job, content: dict[str, object]) -> None:
-        job.store.folder.write_small(_note(job, self._rank), json.dumps(content).encode())
+        job.store.folder.write_small(self._note(job, self._rank), json.dumps(content).encode())
 
     def _notes(self, job: Job) -> dict[str, Written]:
         """Wait until every other rank has left its note."""
@@ -128,7 +129,7 @@ class Writer:
         missing = list(range(1, self._world_size))
         while missing:
             for rank in tuple(missing):
-                data = job.store.folder.read(_note(job, rank))
+                data = job.store.folder.read(self._note(job, rank))
                 if data is None:
                     continue
                 note = json.loads(data)
@@ -144,16 +145,15 @@ class Writer:
                 pause_s = min(2 * pause_s, _LAST_LOOK_S)
         return files
 
+    def _note(self, job: Job, rank: int) -> str:
+        return f"{job.manifest.name}/{file_name(rank)}.{self.attempt}.json"
+
     def _clean_up(self, job: Job, reason: str) -> None:
         """Leave nothing half-written, as far as the storage lets: rank 0 deletes, the others tell it why."""
         if self._rank == 0:
             _tried(lambda: job.store.folder.delete_folder(job.manifest.name))
         elif not job.manifest.weights_only:
             _tried(lambda: self._leave_note(job, {"error": reason}))
-
-
-def _note(job: Job, rank: int) -> str:
-    return f"{job.manifest.name}/{file_name(rank)}.json"
 
 
 def _delete(outcome: Outcome) -> None:

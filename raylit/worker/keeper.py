@@ -10,6 +10,7 @@ save is tried as ever.
 
 from __future__ import annotations
 
+import secrets
 import time
 import warnings
 from collections.abc import Callable
@@ -93,7 +94,8 @@ class CheckpointKeeper:
     # -- before and after ----------------------------------------------------------------------------------------
     def start(self) -> None:
         """Learn what a killed attempt of this run left; every rank calls it. One message for all stores."""
-        there = self._collective.broadcast_object([self._look(each) for each in self._kept] if self._first else None)
+        mine = ([self._look(each) for each in self._kept], secrets.token_hex(4)) if self._first else None
+        there, self._writer.attempt = self._collective.broadcast_object(mine)
         for keeping, (names, left) in zip(self._kept, there):
             keeping.taken = set(names)
             keeping.kept = keeping.before = restored(keeping.callback.rules, left)
@@ -107,12 +109,11 @@ class CheckpointKeeper:
         try:
             for found in store.survey():
                 manifest = found.manifest
-                if manifest is None and callback.own_folder is None:
-                    store.folder.delete_folder(found.name)
+                if manifest is None and callback.own_folder is None and store.sweep(found.name):
                     continue
                 names.append(found.name)
                 own = manifest is not None and (manifest.keeper, manifest.run) == (callback.state_key, self._run)
-                if own and manifest is not None and not store.faults(manifest):
+                if own and manifest is not None and not store.faults(manifest, deep=False):
                     mine.append((found.name, manifest.score))
         except OSError as error:
             self._parts.output.note(f"the checkpoints in {store.folder.path} cannot be looked at: {error}")

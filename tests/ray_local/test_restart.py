@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raylit
 from raylit.callbacks import ModelCheckpoint
+from tests.two_process.harness import Processes, run_here
 
 
 def data() -> DataLoader[Any]:
@@ -47,40 +48,52 @@ class Lossy(raylit.Module):
         return torch.optim.Adam(self.parameters(), 0.01)
 
 
+GIVEN: dict[str, Any] = {"max_epochs": 2, "seed": 5, "log_every_n_steps": 1}
+
+
+def keeping() -> ModelCheckpoint:
+    return ModelCheckpoint(monitor="loss_epoch", every_n_train_steps=3, save_last=True)
+
+
 def fit(folder: Path, kill: bool, times: int, **given: Any) -> Any:
-    marks = folder / "marks"
-    marks.mkdir(exist_ok=True)
-    model = Lossy(str(marks), kill, times)
-    callback = ModelCheckpoint(monitor="loss_epoch", every_n_train_steps=3, save_last=True)
+    (folder / "marks").mkdir()
+    model, callback = Lossy(str(folder / "marks"), kill, times), keeping()
     trainer = raylit.Trainer(
-        num_workers=2, use_gpu=False, max_epochs=2, seed=5, storage_path=str(folder / "runs"), callbacks=[callback],
-        logger=False, enable_model_summary=False, log_every_n_steps=1, **given,
+        num_workers=2, use_gpu=False, storage_path=str(folder / "runs"), callbacks=[callback], logger=False,
+        enable_model_summary=False, **GIVEN, **given,
     )  # fmt: skip
-    return model, trainer, trainer.fit(model, data()), callback, len(list(marks.iterdir()))
+    return model, trainer, trainer.fit(model, data()), callback
+
+
+def whole_case(rank: int, world_size: int, folder: str) -> Any:
+    """The same run on two processes, which nobody kills."""
+    ran = run_here(Lossy(folder, False, 0), data(), rank=rank, world_size=world_size, callbacks=[keeping()],
+                   storage=folder, order_seed=5, **GIVEN)  # fmt: skip
+    return ran.weights, ran.trainer.history, ran.metrics
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_session")
-def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_is_killed_costs_nothing(
+    two: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By default a lost worker is replaced; what comes of it is the run without the loss, to the bit."""
     (tmp_path / "whole").mkdir()
-    whole, reference, whole_result, _, _ = fit(tmp_path / "whole", kill=True, times=0)
-    capsys.readouterr()
-    model, trainer, result, callback, deaths = fit(tmp_path, kill=True, times=1)
+    weights, history, metrics = two(whole_case, str(tmp_path / "whole"))[0]
+    model, trainer, result, callback = fit(tmp_path, kill=True, times=1)
     told = "".join(capsys.readouterr())
-    assert deaths == 1 and "starting again (restart 1 of 3)" in told and "going on from step 6" in told
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
-    assert trainer.history.equals(reference.history) and trainer.global_step == reference.global_step == 12
-    assert result.metrics == whole_result.metrics
+    assert (tmp_path / "marks" / "0").exists()
+    assert "starting again (restart 1 of 3)" in told and "going on from step 6" in told
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+    assert trainer.history.equals(history) and trainer.global_step == 12
+    assert result.metrics == metrics
     names = [Path(each.path).name for each, _ in result.best_checkpoints]
-    assert names == [Path(each.path).name for each, _ in whole_result.best_checkpoints]
-    assert (
-        callback.last_model_path == f"{result.checkpoint.path}/model.ckpt" and Path(callback.last_model_path).exists()
-    )
+    assert sorted(names) == sorted(os.listdir(tmp_path / "whole" / "checkpoints"))
+    assert callback.last_model_path == f"{result.checkpoint.path}/model.ckpt"
     with result.checkpoint.as_directory() as folder:
         assert {"model.ckpt", "rank_00000.ckpt", "rank_00001.ckpt"} <= set(os.listdir(folder))
-    # The reference itself is what these checkpoints go on to be.
     again = raylit.Trainer(num_workers=0, max_epochs=3, logger=False, storage_path=str(tmp_path / "more"),
                            enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     again.fit(Lossy(str(tmp_path), False, 0), data(), ckpt_path=result.checkpoint)
@@ -88,6 +101,7 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_session")
 def test_a_mistake_at_one_place_is_tried_twice_at_most(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="a mistake"):

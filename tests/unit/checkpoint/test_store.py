@@ -139,6 +139,19 @@ def test_a_folder_without_manifest_was_never_finished(tmp_path: Path) -> None:
     assert store.survey()[0].faults == ("manifest.json is missing: the checkpoint was never finished",)
 
 
+def test_only_what_was_never_finished_is_swept_up(store: Store) -> None:
+    for name in ("whole", "newer", "half", "somebodys"):
+        save(store, name, 1)
+    store.folder.write_small(f"newer/{MANIFEST}", b'{"schema": 99}')
+    store.folder.delete_file(f"half/{MANIFEST}")
+    store.folder.write_small("half/rank_00001.ckpt.ab12.json", b"{}")
+    store.folder.write_small("half/model.ckpt.partial", b"")
+    store.folder.delete_file(f"somebodys/{MANIFEST}")
+    store.folder.write_small("somebodys/notes.txt", b"mine")
+    assert [name for name in ("whole", "newer", "half", "somebodys") if store.sweep(name)] == ["half"]
+    assert store.folder.folders() == ["newer", "somebodys", "whole"]
+
+
 def test_nothing_is_left_beside_the_files_and_no_part_is_ever_visible(tmp_path: Path) -> None:
     store = Store(Folder(str(tmp_path)))
     seen: list[list[str]] = []

@@ -125,3 +125,14 @@ def test_one_snapshot_may_be_kept_twice_and_one_place_failing_costs_only_that() 
     outcomes = written(Writer(0, 1), job(memory.store(disk_full), "a", 1), job(other.store(), "b", 1))
     assert [each.error is None for each in outcomes] == [False, True]
     assert memory.store().survey() == [] and [each.name for each in other.store().manifests()] == ["b"]
+
+
+def test_what_a_killed_rank_left_is_not_taken_for_this_attempts() -> None:
+    memory = Memory()
+    left = Writer(1, 2)
+    left.attempt = "first"
+    written(left, job(memory.store(), "a", 4, world_size=2), rank=1, step=99)
+    writer = Writer(0, 2, peers_s=10.0, clock=memory.time.clock)
+    writer.attempt = "second"
+    (outcome,) = written(writer, job(memory.store(), "a", 4, world_size=2), step=4)
+    assert outcome.error == "the part of rank 1 did not come within 10 s" and memory.store().manifests() == []
