@@ -19,6 +19,7 @@ from raylit.trainer import Trainer
 
 if TYPE_CHECKING:
     from raylit import callbacks, loggers, profilers, strategies
+    from raylit import data as data
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,7 @@ LightningDataModule = DataModule
 __all__ = ["Callback", "DataModule", "LightningDataModule", "LightningModule", "Module", "Trainer", "__version__",
            "callbacks", "loggers", "profilers", "seed_everything", "strategies"]  # fmt: skip
 
-_LAZY = ("callbacks", "loggers", "profilers", "strategies")
+_LAZY = ("callbacks", "data", "loggers", "profilers", "strategies")
 
 
 def __getattr__(name: str) -> Any:

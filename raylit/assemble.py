@@ -47,12 +47,13 @@ from raylit.stage import Stage
 from raylit.strategies import DDP, DDP2, DataParallel, SingleDevice
 from raylit.strategies.collective import LocalCollective
 from raylit.view import RunState, TrainerView, WorkerTrainer
-from raylit.wire import Job, World
+from raylit.wire import ClusterCpus, Job, World
 from raylit.worker.going_on import load_newest, stores_of
 from raylit.worker.keeper import CheckpointKeeper
 from raylit.worker.loaders import Loaders
 from raylit.worker.output import RunOutput
 from raylit.worker.profiled import ProfiledRun
+from raylit.worker.ray_data import WorkersSharing, validates_within
 from raylit.worker.save import save_checkpoint
 from raylit.worker.storage import files_of, local_folder
 
@@ -85,6 +86,7 @@ class RunSpec:
     storage: str | None = None  # the run folder as it was given, path or URI: checkpoints are written there at once
     notices: Notices | None = None  # of nodes that will be taken away; asked in a fit that keeps checkpoints
     looks_back: bool = False  # goes on from the newest state in the run folder, where there is one
+    cpus: ClusterCpus | None = None  # for the tasks of ray.data beside the workers; set on the worker
 
 
 @dataclass
@@ -157,12 +159,14 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
     )  # fmt: skip
     if history is not None:
         state.history = history
+    sharing = WorkersSharing(strategy.collective)
     parts = Parts(
         state=state, trainer=view, module=spec.module, datamodule=spec.datamodule, settings=fit,
         strategy=strategy, precision=precision, hooks=hooks, output=output,
         metrics=MetricStore(strategy.collective, device, batch_size_of, spec.module.named_modules),
         loaders=Loaders(spec.loaders, spec.module, spec.datamodule, world, order_seed,
-                        fit.use_distributed_sampler, bool(fit.overfit_batches)),
+                        fit.use_distributed_sampler, bool(fit.overfit_batches),
+                        sharing, spec.cpus, validates_within(fit)),
         transfer=bind_transfer(spec.module, spec.datamodule, device, precision),
         move=to_device, split_time=split_time, order_seed=order_seed,
     )  # fmt: skip
@@ -193,6 +197,7 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
                 keeper.close()
             state.save = None
             output.finalize(state.status.value)
+            sharing.close()
             strategy.teardown()
     return RunOutcome(state, result, spec.module, spec.callbacks, result.last, keeper.newest if keeper else None)
 
@@ -415,6 +420,7 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     from raylit.travel import Departure, pack, unpack_spec
 
     spec, use_gpu = unpack_spec(job.payload)
+    spec.cpus = job.cpus
     view = WorkerTrainer(RunState())
     # Only rank 0's objects go home, so only they are compared.
     departure = Departure.of(spec) if world.global_rank == 0 else None

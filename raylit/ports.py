@@ -202,6 +202,7 @@ class LoaderLike(Protocol):
     num_batches: int | None
     samples_per_step: int
     equal_steps: bool
+    contiguous: bool
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None: ...
 

@@ -40,6 +40,16 @@ class Job:
     sys_path: tuple[str, ...] = ()
     working_dir: str | None = None
     argv: tuple[str, ...] = ()  # of the caller's script: hooks that read the command line see the same
+    cpus: ClusterCpus | None = None  # None: unknown, or the cluster may grow
+
+
+@dataclass(frozen=True)
+class ClusterCpus:
+    """The CPUs of the whole cluster, and what a run's workers take of them."""
+
+    total: float
+    workers: int
+    each: float  # of one worker
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class CombinedLoader:
         known = [length for length in lengths if length is not None]
         self.num_batches: int | None = max(known) if len(known) == len(lengths) else None
         self.equal_steps: bool = all(part.equal_steps for part in parts)
+        self.contiguous = False
         self._epoch = 0
         self._start = 0
 

@@ -8,6 +8,7 @@ DataLoader over a map-style data set          the rule of ``sampler``, by sample
 DataLoader over an iterable data set,         all of it on one worker; on several, its ``shard(num_shards, index)``,
 or any other iterable                         refused without
 a sequence of batches                         batches r, r+N, ...
+a ``ray.data.Dataset``                        a stream of its rows (``ray_data``)
 ============================================  ====================================================================
 
 With ``shard`` False (``Trainer(use_distributed_sampler=False)``) each is used as it is on every rank.
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from raylit.data.combined import CombinedLoader
 from raylit.data.map_style import prepare_map_style
+from raylit.data.ray_data import Sharing, is_ray_data, prepare_ray
 from raylit.data.streams import SequenceLoader, prepare_stream
 from raylit.errors import DataError
 
@@ -45,6 +47,7 @@ class PreparedLoader(Protocol):
     num_samples: int | None  # samples of an epoch over all ranks, before a tail is dropped; None if unknown
     num_batches: int | None  # of this rank, in a whole epoch; None if unknown
     equal_steps: bool  # every rank is known to make the same number of steps
+    contiguous: bool  # each rank has one stretch of the data set, not every N-th batch of it
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """Choose what the next walk yields. Walks after it begin at the epoch's start again."""
@@ -70,6 +73,7 @@ def prepare(
     world_size: int,
     seed: int,
     shard: bool = True,
+    sharing: Sharing | None = None,
     name: str = "train_dataloader",
 ) -> PreparedLoader:
     """Prepare one loader for one rank.
@@ -81,6 +85,7 @@ def prepare(
         world_size: number of ranks.
         seed: of the epochs' orders, where the user's loader has no generator of its own; the same on every rank.
         shard: False uses the loader as it is.
+        sharing: how the ranks share a ``ray.data.Dataset``; None where it is not walked.
         name: the hook or argument it came from, for errors.
 
     Raises ``DataError`` for anything that is not a loader, is empty, or cannot be shared out.
@@ -88,6 +93,9 @@ def prepare(
     training = _TRAINING.get(stage)
     if training is None:
         raise DataError(f"stage must be one of {', '.join(_TRAINING)}; got {str(stage)!r}")
+    if is_ray_data(source):
+        place: dict[str, Any] = {"rank": rank, "world_size": world_size, "seed": seed, "stage": stage}
+        return prepare_ray(source, shard=shard, sharing=sharing, name=name, **place)
     _refuse_others(source, name)
     prepared: PreparedLoader
     if isinstance(source, Sequence) and shard:
@@ -101,12 +109,14 @@ def prepare(
 
 
 def prepare_all(
-    source: Any, *, stage: str, rank: int, world_size: int, seed: int, shard: bool = True, name: str = "val_dataloader"
-) -> list[PreparedLoader]:
+    source: Any, *, stage: str, rank: int, world_size: int, seed: int, shard: bool = True,
+    sharing: Sharing | None = None, name: str = "val_dataloader",
+) -> list[PreparedLoader]:  # fmt: skip
     """Prepare an evaluation's loaders: None, one, or a list or tuple of them. Arguments as in ``prepare``."""
     if source is None:
         return []
-    place: dict[str, Any] = {"stage": stage, "rank": rank, "world_size": world_size, "seed": seed, "shard": shard}
+    place: dict[str, Any] = {"stage": stage, "rank": rank, "world_size": world_size, "seed": seed, "shard": shard,
+                             "sharing": sharing}  # fmt: skip
     if isinstance(source, Mapping):
         raise DataError(f"{name}: a dictionary of loaders is for training only. Pass a list: {list(source)!r} in order")
     if _is_list_of_loaders(source):
@@ -117,8 +127,9 @@ def prepare_all(
 
 
 def prepare_train(
-    source: Any, *, rank: int, world_size: int, seed: int, shard: bool = True, name: str = "train_dataloader"
-) -> PreparedLoader:
+    source: Any, *, rank: int, world_size: int, seed: int, shard: bool = True, sharing: Sharing | None = None,
+    name: str = "train_dataloader",
+) -> PreparedLoader:  # fmt: skip
     """Prepare the training loader: one, or a list, tuple or dict of them that are walked together.
 
     Raises ``DataError`` for None and for an empty collection too.
@@ -128,7 +139,8 @@ def prepare_train(
             f"{name}: there is no loader to train on. Define train_dataloader() on the Module or the DataModule, or "
             "pass fit(model, train_dataloaders=...)"
         )
-    place: dict[str, Any] = {"stage": "train", "rank": rank, "world_size": world_size, "seed": seed, "shard": shard}
+    place: dict[str, Any] = {"stage": "train", "rank": rank, "world_size": world_size, "seed": seed, "shard": shard,
+                             "sharing": sharing}  # fmt: skip
     if isinstance(source, Mapping):
         named = {key: prepare(part, name=f"{name}[{key!r}]", **place) for key, part in source.items()}
         _refuse_no_loaders(named, name)

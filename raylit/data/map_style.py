@@ -35,6 +35,7 @@ class MapLoader:
         self.samples_per_step = sampler.world_size * sampler.batch_size
         self.num_batches: int | None = len(sampler)
         self.equal_steps = sampler.length_of(0) == sampler.length_of(sampler.world_size - 1)
+        self.contiguous = False
         self._seeds = seeds
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:

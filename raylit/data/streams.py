@@ -41,6 +41,7 @@ class StreamLoader:
         self.batch_size = batch_size
         self.samples_per_step = world_size * (batch_size or 1)  # in batches where the batch size is not known
         self.equal_steps = world_size == 1
+        self.contiguous = False
         self.num_batches = _length(batches)
         self.num_samples = _num_samples(batches) if world_size == 1 else None
         self._batches = batches
@@ -169,6 +170,7 @@ class SequenceLoader:
         self._start = 0
         self.num_batches: int | None = self.batches_from(0)
         self.equal_steps = training or len(source) % world_size == 0
+        self.contiguous = False
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """The next walk begins at batch ``start_sample``; the order is the same in each epoch."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raylit.errors import ResourceError
+from raylit.wire import ClusterCpus
 
 # Ray Train's public settings for one run. The driver hands them on to the controller and the workers.
 _RUN_ENVIRONMENT = {
@@ -145,6 +146,16 @@ def check_fits(num_workers: int, resources_per_worker: Mapping[str, float] | Non
     problem = misfit(num_workers, per_worker(resources_per_worker, use_gpu), nodes)
     if problem is not None and not may_grow():
         raise ResourceError(problem)
+
+
+def cpus_beside(
+    num_workers: int, resources_per_worker: Mapping[str, float] | None, use_gpu: bool
+) -> ClusterCpus | None:
+    """The cluster's CPUs and what the workers take of them; None for a cluster that may grow."""
+    if may_grow():
+        return None
+    each = per_worker(resources_per_worker, use_gpu).get("CPU", 0.0)
+    return ClusterCpus(available().get("CPU", 0.0), num_workers, each)
 
 
 def misfit(num_workers: int, asked: Mapping[str, float], nodes: list[tuple[str, dict[str, float]]]) -> str | None:

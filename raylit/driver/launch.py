@@ -19,6 +19,7 @@ from raylit.driver.channel import DriverChannel
 from raylit.errors import ProgressTimeoutError, ResourceError, WorkerLostError
 from raylit.wire import Job, WorkerFailure
 from raylit.worker.failure import WorkerFailed, bare, describe, first_cause, is_consequence, rebuild
+from raylit.worker.ray_data import check_cpus
 
 if TYPE_CHECKING:
     import ray.train
@@ -53,12 +54,14 @@ def launch(
     worker_main: str = DEFAULT_WORKER_MAIN,
     on_event: OnEvent | None = None,
     again: bool = False,
+    ray_data: int = 0,
 ) -> Launched:
     """Run ``worker_main`` on ``num_workers`` Ray Train workers and return rank 0's outcome.
 
     ``scaling_config``, ``run_config`` and ``failure_config`` are Ray's own; the shorthands that are given fill them
     in. ``on_event`` gets the workers' live events (dicts; prints are ``{"kind": "print", ...}``) in a thread of this
-    process. ``again``: a restart, which waits for a cluster that has lost a node. Raises what the worker raised,
+    process. ``again``: a restart, which waits for a cluster that has lost a node. ``ray_data``: Datasets that are read
+    at a time beside the workers. Raises what the worker raised,
     :class:`WorkerLostError` where a worker process died,
     :class:`ResourceError` where the cluster cannot give what is asked, KeyboardInterrupt after Ctrl-C.
     """
@@ -68,7 +71,10 @@ def launch(
     release()  # workers that an evaluation left hold resources that this run needs
     scaling = merge_scaling(scaling_config, num_workers, use_gpu, resources_per_worker, placement_strategy)
     if not again:
-        cluster.check_fits(scaling.min_workers, scaling.resources_per_worker, bool(scaling.use_gpu))
+        asked = (scaling.min_workers, scaling.resources_per_worker, bool(scaling.use_gpu))
+        cluster.check_fits(*asked)
+        job = dataclasses.replace(job, cpus=cluster.cpus_beside(*asked))
+        check_cpus(ray_data, job.cpus)
     run = merge_run(run_config, failure_config, name, storage_path, max_failures, runtime_env)
     error: BaseException
     with open_channel(on_event) as channel, cluster.run_settings():

@@ -27,6 +27,7 @@ from raylit.driver.launch import (
 from raylit.errors import WorkerLostError
 from raylit.wire import Job, World
 from raylit.worker.failure import WorkerFailed, bare, first_cause, is_consequence, rebuild
+from raylit.worker.ray_data import check_cpus
 
 IDLE_RELEASE_S = 60.0
 
@@ -54,10 +55,13 @@ def launch_pooled(
     runtime_env: Mapping[str, Any] | None = None,
     worker_main: str = DEFAULT_WORKER_MAIN,
     on_event: OnEvent | None = None,
+    ray_data: int = 0,
 ) -> Launched:
     """As :func:`raylit.driver.launch.launch`, without Ray Train: ``result`` is None. Same errors, prints, Ctrl-C."""
     cluster.connect(runtime_env)
     asked = cluster.per_worker(resources_per_worker, use_gpu)
+    job = dataclasses.replace(job, cpus=cluster.cpus_beside(num_workers, resources_per_worker, use_gpu))
+    check_cpus(ray_data, job.cpus)
     key = (num_workers, tuple(sorted(asked.items())), placement_strategy, repr(runtime_env), job.working_dir)
     error: BaseException
     with _lock, open_channel(on_event) as channel:

@@ -38,6 +38,7 @@ from raylit.travel import Homecoming, pack_spec, receive, unpack, with_gpu
 from raylit.wire import Job, World
 from raylit.worker.failure import bare
 from raylit.worker.loaders import HOOK
+from raylit.worker.ray_data import cpus_to_read, validates_within
 from raylit.worker.signals import interrupts_held
 from raylit.worker.storage import files_of, is_remote, local_folder
 
@@ -220,6 +221,7 @@ def _launch(
         "resources_per_worker": cluster.with_gpus(placement.resources_per_worker, devices if use_gpu else 0),
         "runtime_env": placement.runtime_env,
         "on_event": lambda event: _follow(trainer, display, event),
+        "ray_data": _read_at_a_time(trainer, spec),
     }
     if spec.stage is not Stage.FIT:
         # No checkpoint, no restart: plain actors do, which start sooner and are kept for the next evaluation.
@@ -237,6 +239,15 @@ def _launch(
             again=again,
             **where,
         )
+
+
+def _read_at_a_time(trainer: Trainer, spec: RunSpec) -> int:
+    """How many of the Datasets that were passed are read at a time; those of hooks only the workers see."""
+    passed, evaluated = spec.loaders, "validate" if spec.stage is Stage.FIT else spec.stage.value
+    predicting = spec.stage is Stage.PREDICT
+    return cpus_to_read(
+        passed.get("train"), passed.get(evaluated), beside=validates_within(trainer._config.fit), predicting=predicting
+    )
 
 
 def _follow(trainer: Trainer, display: TerminalDisplay, event: dict[str, Any]) -> None:

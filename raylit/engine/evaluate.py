@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -233,14 +233,18 @@ def _call(hook: Callable[..., Any] | None, default: Callable[..., Any] | None = 
         default()
 
 
-def in_dataset_order(per_rank: list[list[list[Any]]]) -> list[list[Any]]:
+def in_dataset_order(per_rank: list[list[list[Any]]], contiguous: Sequence[bool] = ()) -> list[list[Any]]:
     """Merge every rank's predictions, ``[rank][loader][batch]``, into the order of the data set: ``[loader][batch]``.
 
-    Step k of rank r stands before step k of rank r+1 (contract 8, Data), and the tail keeps that order.
+    Step k of rank r stands before step k of rank r+1 (contract 8, Data), and the tail keeps that order. Of a loader
+    that is ``contiguous`` all of rank r stands before all of rank r+1.
     """
     merged: list[list[Any]] = []
     for loader in range(len(per_rank[0])):
         columns = [rank[loader] for rank in per_rank]
+        if any(contiguous[loader : loader + 1]):
+            merged.append([each for column in columns for each in column])
+            continue
         steps = max((len(column) for column in columns), default=0)
         merged.append([column[k] for k in range(steps) for column in columns if k < len(column)])
     return merged

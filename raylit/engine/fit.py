@@ -55,7 +55,7 @@ from raylit.engine.walk import NOTHING, Walk
 from raylit.errors import DataError, OptimizerError
 from raylit.metrics.place import BATCH_TRAIN, EPOCH_TRAIN, NO_EPOCH
 from raylit.optim.plan import OptimPlan, parse_optimizers
-from raylit.ports import LoaderLike, RunSnapshot
+from raylit.ports import Collective, LoaderLike, RunSnapshot
 from raylit.seed import get_random_state, set_random_state
 from raylit.stage import Loop, SafePoint
 
@@ -213,8 +213,7 @@ class Fit:
     def _open(self, half: Position | None) -> Walk:
         """Open the epoch's loader; for a half-done epoch, put everything as it was at this point."""
         parts = self._parts
-        collective = parts.strategy.collective if self._several else None
-        self._cut, self._walk = False, Walk(self._loader, self._total, self._known, collective)
+        self._cut, self._walk = False, Walk(self._loader, self._total, self._known, self._agreeing)
         if half is None:
             self._walk.open(parts.state.epoch)
             return self._walk
@@ -277,6 +276,11 @@ class Fit:
         if self._total != 0:
             self._interval = resolve_val_interval(settings.val_check_interval, known, settings.check_val_every_n_epoch)
         state.num_training_batches = total_or_inf(self._total)
+
+    @property
+    def _agreeing(self) -> Collective | None:
+        """What the ranks agree with on who has a batch; None where they need not."""
+        return self._parts.strategy.collective if self._several and not self._loader.equal_steps else None
 
     def _sanity_check(self) -> None:
         limit = self._parts.settings.num_sanity_val_steps
@@ -470,8 +474,7 @@ class Fit:
 
     def _epoch_batches(self) -> Iterator[tuple[int, Any]]:
         """All batches of an epoch with their index, for whoever passes over them once more."""
-        collective = self._parts.strategy.collective if self._several else None
-        walk = Walk(self._loader, self._total, self._known, collective)
+        walk = Walk(self._loader, self._total, self._known, self._agreeing)
         walk.open(self._parts.state.epoch)
         return iter(walk)
 

@@ -151,7 +151,9 @@ def _evaluate(parts: Parts, stage: Stage) -> StageResult:
     if parts.state.world.world_size == 1:
         return StageResult(predictions=outputs)
     gathered = parts.strategy.collective.gather_object(outputs)
-    return StageResult(predictions=None if gathered is None else in_dataset_order(gathered))
+    if gathered is None:
+        return StageResult()
+    return StageResult(predictions=in_dataset_order(gathered, [loader.contiguous for loader in loaders]))
 
 
 def _event(parts: Parts, name: str, *args: Any) -> None:

@@ -7,12 +7,14 @@ from typing import Any, cast
 from torch.utils.data import DataLoader, RandomSampler
 
 from raylit.data.loader import prepare_all, prepare_train
+from raylit.data.ray_data import RayDataLoader, Sharing
 from raylit.data.rebuild import rebuilt
 from raylit.datamodule import DataModule
 from raylit.hooks import overridden
 from raylit.module import Module
 from raylit.ports import LoaderLike
-from raylit.wire import World
+from raylit.wire import ClusterCpus, World
+from raylit.worker.ray_data import check_cpus, cpus_to_read
 
 # How a stage's loader is called: the hook, and the argument of fit/validate/test/predict.
 HOOK = {"train": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader",
@@ -32,13 +34,20 @@ def find_source(kind: str, given: Any, module: Module, datamodule: DataModule | 
 
 
 class Loaders:
-    """Implements ``engine.parts.LoaderSource``. ``given``: what was passed to fit, validate, test or predict."""
+    """Implements ``engine.parts.LoaderSource``. ``given``: what was passed to fit, validate, test or predict.
+
+    ``sharing``, ``cpus``: how the workers share a ``ray.data.Dataset``, and the CPUs that are there for its tasks,
+    where that is known. ``validates_within``: a validation may come before the training data are read to their end.
+    """
 
     def __init__(self, given: dict[str, Any], module: Module, datamodule: DataModule | None, world: World, seed: int,
-                 shard: bool, overfit: bool) -> None:  # fmt: skip
+                 shard: bool, overfit: bool, sharing: Sharing | None = None, cpus: ClusterCpus | None = None,
+                 validates_within: bool = False) -> None:  # fmt: skip
+        self._cpus, self._beside, self._train_source = cpus, validates_within, None
         self._given, self._module, self._datamodule = given, module, datamodule
         self._place: dict[str, Any] = {
             "rank": world.global_rank, "world_size": world.world_size, "seed": seed, "shard": shard,
+            "sharing": sharing,
         }  # fmt: skip
         self._overfit = overfit
 
@@ -47,6 +56,8 @@ class Loaders:
         source, name = find_source("train", self._given.get("train"), self._module, self._datamodule)
         if self._overfit:
             source = in_order(source)
+        self._train_source = source
+        check_cpus(cpus_to_read(source, None, beside=False), self._cpus)
         return cast(LoaderLike, prepare_train(source, name=name, **self._place))
 
     def evaluation(self, stage: str) -> list[LoaderLike]:
@@ -55,11 +66,15 @@ class Loaders:
         if stage == "validate" and self._overfit and source is not None:
             train, name = find_source("train", self._given.get("train"), self._module, self._datamodule)
             source = in_order(train)
+        count = cpus_to_read(self._train_source, source, beside=self._beside, predicting=stage == "predict")
+        check_cpus(count, self._cpus)
         return cast("list[LoaderLike]", prepare_all(source, stage=stage, name=name, **self._place))
 
 
 def in_order(source: Any) -> Any:
     """Return a loader that walks the same data set without shuffling: ``overfit_batches`` wants the same batches."""
+    if isinstance(source, RayDataLoader):
+        return source.in_order()
     if not isinstance(source, DataLoader) or not isinstance(getattr(source, "sampler", None), RandomSampler):
         return source
     return rebuilt(
