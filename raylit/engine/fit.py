@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from raylit.checkpoint.content import apply
+from raylit.checkpoint.content import apply, fingerprint
 from raylit.checkpoint.ranks import random_state
 from raylit.config.amounts import batches
 from raylit.engine.decide import (
@@ -48,7 +48,7 @@ from raylit.engine.notices import NoticeWatch
 from raylit.engine.outputs import EpochOutputs, batch_result
 from raylit.engine.parts import Parts, Saved
 from raylit.engine.replay import replay
-from raylit.engine.resume import Position, restore, take
+from raylit.engine.resume import Position, restore, take, weights_mark
 from raylit.engine.schedules import Schedules
 from raylit.engine.step import TrainBatch
 from raylit.engine.walk import NOTHING, Walk
@@ -133,7 +133,7 @@ class Fit:
             state.holds_interrupts = False
             torch.autograd.set_detect_anomaly(previous)
         parts.metrics.place = NO_EPOCH
-        self._call("on_train_end")
+        self._end_of_training()
         if parts.checkpointer is not None:
             parts.checkpointer.safe_point(SafePoint.END, self._take_last)
         if parts.keeps_last:
@@ -142,6 +142,17 @@ class Fit:
     # -- the whole state -----------------------------------------------------------------------------------------
     def _take(self) -> RunSnapshot:
         return take(self, at_safe_point=True)
+
+    def _end_of_training(self) -> None:
+        """Call ``on_train_end``. Where it puts other weights in place, no metric was measured on them."""
+        if self._parts.hooks.event("on_train_end") is None:
+            return
+        before = weights_mark(self._parts.module) if self._parts.checkpointer is not None else None
+        if parts.checkpointer is not None and parts.hooks.event("on_train_end") is not None:
+            state.weights_before_end = fingerprint(parts.module)
+        self._call("on_train_end")
+        if before is not None and weights_mark(self._parts.module) != before:
+            self._parts.state.measured.clear()
 
     def _take_last(self) -> RunSnapshot:
         """The state to go on from: of a stop in the middle of an epoch, as it was before the epoch was closed."""

@@ -21,6 +21,7 @@ from torch import Tensor, tensor
 
 from raylit.callbacks.keeping import Decision, Kept, Moment, decide, due, restored, same_again
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
+from raylit.checkpoint.content import fingerprint
 from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.store import Manifest, Store
 from raylit.checkpoint.writer import Job, Outcome, Writer
@@ -89,6 +90,7 @@ class CheckpointKeeper:
         self._asked = 0  # safe points within epochs, for the clock
         self._closed_epoch = -1  # epochs done at the last safe point after an epoch
         self._validated = False  # a validation of this fit is done
+        self._changed: bool | None = None  # on_train_end has changed the weights; None: not looked at yet
         self._told: list[str] = []  # failures that were said
 
     # -- before and after ----------------------------------------------------------------------------------------
@@ -224,8 +226,13 @@ class CheckpointKeeper:
         return (True, state.epoch, state.global_step, -2 if self._changed_at_end() else -1)
 
     def _changed_at_end(self) -> bool:
-        """A hook ran after the last epoch, and may have put other weights in place."""
-        return self._parts.hooks.event("on_train_end") is not None
+        """A hook on_train_end has put other weights in place: no metric is theirs. Rank 0's word counts."""
+        if self._parts.hooks.event("on_train_end") is None:
+            return False
+        if self._changed is None:
+            changed = self._first and fingerprint(self._parts.module) != self._state.weights_before_end
+            self._changed = bool(self._collective.broadcast_object(changed))
+        return self._changed
 
     # -- the metrics of a state ----------------------------------------------------------------------------------
     def _measured(self) -> dict[str, Tensor]:
@@ -235,8 +242,6 @@ class CheckpointKeeper:
 
     def _measure(self, point: SafePoint, asking: list[_Keeping]) -> dict[str, float]:
         """The metrics of a state, the monitored ones among them where they can be known; the same on every rank."""
-        if point is SafePoint.END and self._changed_at_end():
-            return {}
         metrics = {name: float(value) for name, value in self._measured().items()}
         if point in _NEEDED:
             return metrics

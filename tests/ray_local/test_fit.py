@@ -193,7 +193,7 @@ def test_run_folder(done: Any) -> None:
         assert {"hparams.yaml", "history.parquet"} <= names
         assert any(p.name.startswith("events.out.tfevents") for p in folder.rglob("*"))
         assert (folder / "hparams.yaml").read_text().split() == ["width:", "6", "lr:", "0.05"]
-        assert [p.parent.parent for p in folder.rglob("model.ckpt")] == [folder]
+        assert [p.parent.parent for p in folder.rglob("model.ckpt")] == [folder / "checkpoints"]
         assert not list(folder.rglob("*.partial")) and not list(folder.rglob(".raylit_write_check"))
         import pyarrow.parquet
 

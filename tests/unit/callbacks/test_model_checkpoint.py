@@ -168,6 +168,27 @@ def test_every_checkpoint_has_metrics_of_its_own_weights_alone(trainer: Any) -> 
     assert seen and len(kept(result)) > 18
 
 
+class Ends(Net):
+    """Does something at the end of training: ``change`` says to what."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.change = change
+
+    def on_train_end(self) -> None:
+        if self.change == "weights":
+            self.w.data.mul_(2.0)
+        elif self.change == "rights":
+            self.w.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("change", "carried"), [("nothing", True), ("rights", True), ("weights", False)])
+def test_metrics_stay_with_the_weights_that_on_train_end_leaves_alone(trainer: Any, change: str, carried: bool) -> None:
+    result = trainer().fit(Ends(change), numbers(), numbers(4, seed=1))
+    assert ("val_loss" in store(result).manifests()[-1].metrics) is carried
+    assert ("val_loss" in result.metrics_dataframe.columns) is carried
+
+
 def test_a_wish_waits_for_the_metric(trainer: Any) -> None:
     """Steps 5, 10 and 15 ask; validation is at steps 6, 12 and 18 (an epoch's end each)."""
     callback = ModelCheckpoint(monitor="val_loss", every_n_train_steps=5, save_top_k=-1, save_last=False)
