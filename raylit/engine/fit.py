@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from raylit.checkpoint.content import apply, fingerprint
+from raylit.checkpoint.content import apply
 from raylit.checkpoint.ranks import random_state
 from raylit.config.amounts import batches
 from raylit.engine.decide import (
@@ -148,8 +148,6 @@ class Fit:
         if self._parts.hooks.event("on_train_end") is None:
             return
         before = weights_mark(self._parts.module) if self._parts.checkpointer is not None else None
-        if parts.checkpointer is not None and parts.hooks.event("on_train_end") is not None:
-            state.weights_before_end = fingerprint(parts.module)
         self._call("on_train_end")
         if before is not None and weights_mark(self._parts.module) != before:
             self._parts.state.measured.clear()
