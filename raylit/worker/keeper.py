@@ -21,7 +21,6 @@ from torch import Tensor, tensor
 
 from raylit.callbacks.keeping import Decision, Kept, Moment, decide, due, restored, same_again
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
-from raylit.checkpoint.content import fingerprint
 from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.store import Manifest, Store
 from raylit.checkpoint.writer import Job, Outcome, Writer
@@ -90,7 +89,6 @@ class CheckpointKeeper:
         self._asked = 0  # safe points within epochs, for the clock
         self._closed_epoch = -1  # epochs done at the last safe point after an epoch
         self._validated = False  # a validation of this fit is done
-        self._changed: bool | None = None  # on_train_end has changed the weights; None: not looked at yet
         self._told: list[str] = []  # failures that were said
 
     # -- before and after ----------------------------------------------------------------------------------------
@@ -223,16 +221,8 @@ class CheckpointKeeper:
             return (True, state.epoch, state.global_step, -1)
         if self._closed_epoch != state.epoch and state.epoch > 0 and state.batch_idx >= 0:
             return (False, state.epoch - 1, state.global_step, state.batch_idx)  # stopped within the epoch
-        return (True, state.epoch, state.global_step, -2 if self._changed_at_end() else -1)
-
-    def _changed_at_end(self) -> bool:
-        """A hook on_train_end has put other weights in place: no metric is theirs. Rank 0's word counts."""
-        if self._parts.hooks.event("on_train_end") is None:
-            return False
-        if self._changed is None:
-            changed = self._first and fingerprint(self._parts.module) != self._state.weights_before_end
-            self._changed = bool(self._collective.broadcast_object(changed))
-        return self._changed
+        # A hook that ran after the last epoch may have changed anything.
+        return (True, state.epoch, state.global_step, -1 if self._parts.hooks.event("on_train_end") is None else -2)
 
     # -- the metrics of a state ----------------------------------------------------------------------------------
     def _measured(self) -> dict[str, Tensor]:
