@@ -139,11 +139,13 @@ def weights_mark(module: torch.nn.Module) -> list[tuple[int, int]]:
     """A mark of every parameter and buffer that changes with its bits: two sums over them. Waits for the device."""
     marks = []
     for tensor in (*module.parameters(), *module.buffers()):
-        if is_lazy(tensor) or tensor.layout is not torch.strided or not tensor.numel():
+        if is_lazy(tensor) or tensor.device.type == "meta" or tensor.layout is not torch.strided or not tensor.numel():
             continue
-        for part in tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_MARKED_BYTES):
-            data = part.to(torch.int64)
-            marks.append((int(data.sum()), int((data * torch.arange(1, len(data) + 1, device=data.device)).sum())))
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for part in torch.split(data, _MARKED_BYTES):
+            values = part.to(torch.int64)
+            places = torch.arange(1, len(values) + 1, device=values.device)
+            marks.append((int(values.sum()), int((values * places).sum())))
     return marks
 
 
