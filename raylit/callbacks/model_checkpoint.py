@@ -19,6 +19,7 @@ from raylit.callbacks.keeping import Kept, Rules, When
 from raylit.config.amounts import duration
 from raylit.config.names import refuse_unknown
 from raylit.errors import ConfigError
+from raylit.uri import has_more_than_a_path, redacted
 
 _ARGUMENTS = (
     "dirpath", "filename", "monitor", "verbose", "save_last", "save_top_k", "save_weights_only", "mode",
@@ -252,6 +253,9 @@ def _folder(value: object) -> str:
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path.strip():
         raise _refuse("dirpath", value, "a folder or a URI such as 's3://bucket/folder'")
+    if has_more_than_a_path(path):  # it would stand in every path that the attributes hold, and in checkpoints
+        raise _refuse("dirpath", redacted(path), "a URI without credentials and options: Trainer(storage_path=...) "
+                      "takes them, and without a dirpath the checkpoints lie in its run folders")  # fmt: skip
     return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar
 
+from raylit.uri import has_more_than_a_path, redacted
+
 T = TypeVar("T")
 _CHUNK = 1 << 22
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
@@ -188,6 +190,17 @@ class Folder:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
+def folder_at(path: str) -> Folder:
+    """The folder that a path or URI names; of a URI with credentials or options only the path on its storage is kept.
+
+    Raises OSError where the URI names no storage.
+    """
+    if not has_more_than_a_path(path):
+        return Folder(path)
+    storage = _Storage(path, None)
+    return Folder(storage.root, storage.filesystem)
+
+
 class _Disk:
     """A folder of this machine: files are synchronised and renamed, so that a power cut leaves the old or the new."""
 
@@ -271,7 +284,7 @@ class _Storage:
         try:
             known = (filesystem, root) if filesystem is not None else pyarrow.fs.FileSystem.from_uri(root)
         except ValueError as error:  # pyarrow's own, for a scheme that it does not know
-            raise OSError(errno.EINVAL, f"{root!r}: {str(error).splitlines()[0]}") from None
+            raise OSError(errno.EINVAL, f"{redacted(repr(root))}: {redacted(str(error).splitlines()[0])}") from None
         self.filesystem, self.root = known[0], str(known[1])
 
     def folders(self) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from raylit.checkpoint.content import FILE_NAME
 from raylit.errors import CheckpointError
 from raylit.seed import get_random_state, set_random_state
+from raylit.uri import redacted
 
 _NAME = re.compile(r"rank_(\d{5})\.ckpt")
 
@@ -130,7 +131,7 @@ def _from_storage(uri: str) -> dict[int, dict[str, Any]]:
         found = _NAME.fullmatch(entry.base_name)
         if found:
             with filesystem.open_input_stream(entry.path) as stream:
-                own[int(found[1])] = _load(io.BytesIO(stream.read()), f"{uri}: {entry.base_name}")
+                own[int(found[1])] = _load(io.BytesIO(stream.read()), f"{redacted(uri)}: {entry.base_name}")
     return own
 
 

@@ -22,6 +22,7 @@ import torch
 
 from raylit.checkpoint.content import FILE_NAME
 from raylit.errors import CheckpointError
+from raylit.uri import redacted
 
 _LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")
 _ATTRIBUTE_DICTS = [f"{package}.utilities.{f}.AttributeDict" for package in _LIGHTNING for f in ("parsing", "data")]
@@ -34,7 +35,8 @@ def read(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     ``pyarrow.fs`` opens; a Ray ``Checkpoint``. ``map_location``: as in ``torch.load``.
     """
     with _on_this_machine(path) as file:
-        return _load(file, map_location, shown=str(path) if isinstance(path, str | os.PathLike) else str(file))
+        shown = redacted(str(path if isinstance(path, str | os.PathLike) else file))
+        return _load(file, map_location, shown)
 
 
 @contextlib.contextmanager
@@ -75,6 +77,7 @@ def _fetched(uri: str, folder: Path) -> Path:
     """Copy one checkpoint from a storage into ``folder``: its file, not what else lies beside it."""
     import pyarrow.fs
 
+    shown = redacted(uri)
     try:
         filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
         found = filesystem.get_file_info(path)
@@ -84,10 +87,10 @@ def _fetched(uri: str, folder: Path) -> Path:
             named = [each for each in files if each.base_name == FILE_NAME] or files
             if len(named) != 1:
                 held = f", it holds {', '.join(sorted(e.base_name for e in named))}" if named else ""
-                raise CheckpointError(f"there is no checkpoint at {uri!r} (looked for {FILE_NAME} in it{held})")
+                raise CheckpointError(f"there is no checkpoint at {shown!r} (looked for {FILE_NAME} in it{held})")
             found = named[0]
         if not found.is_file:
-            raise CheckpointError(f"there is no checkpoint at {uri!r}")
+            raise CheckpointError(f"there is no checkpoint at {shown!r}")
         target = folder / str(found.base_name)
         with filesystem.open_input_stream(found.path) as source, open(target, "wb") as file:
             while chunk := source.read(1 << 22):
@@ -95,7 +98,7 @@ def _fetched(uri: str, folder: Path) -> Path:
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{uri!r} cannot be read: {_first_line(error)}") from None
+        raise CheckpointError(f"{shown!r} cannot be read: {redacted(_first_line(error))}") from None
     return target
 
 

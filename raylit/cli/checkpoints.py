@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from raylit.checkpoint.folder import Folder
+from raylit.checkpoint.folder import Folder, folder_at
 from raylit.checkpoint.store import Found, Store
 from raylit.display.text import format_values
 from raylit.driver.folder import default_storage
@@ -35,12 +35,12 @@ def store_of_run(run: str) -> Store:
         run = here if os.path.isdir(here) or not os.path.isdir(named) else named
         if not os.path.isdir(run):
             raise CheckpointError(f"there is no run {run!r}, and none of this name in {default_storage()}")
-    run = run.rstrip("/")
-    if run.rpartition("/")[2] == FOLDER:
-        return Store(Folder(run))
-    inside = Store(Folder(f"{run}/{FOLDER}"))
+    folder = folder_at(run)
+    if folder.path.rpartition("/")[2] == FOLDER:
+        return Store(folder)
+    inside = Store(Folder(f"{folder.path}/{FOLDER}", folder.given_filesystem))
     # A folder that a ModelCheckpoint was given has its checkpoints in it, without a folder between.
-    return inside if FOLDER in Folder(run).folders() else Store(Folder(run))
+    return inside if FOLDER in folder.folders() else Store(folder)
 
 
 def _looked_at(store: Store, found: Found, verify: bool) -> Found:

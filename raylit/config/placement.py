@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raylit.config.checks import number, one_of, refuse, show, whole, whole_or_none
 from raylit.errors import ConfigError
+from raylit.uri import redacted
 
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 _WORKERS_FORMS = "expected 0 (this process, without Ray), a number of workers, or (min, max) with 1 <= min <= max"
@@ -37,7 +38,8 @@ class PlacementConfig:
     run_config: Any = None
     failure_config: Any = None
     name: str | None = None  # None: made up when the run starts
-    storage_path: str | None = None  # a pyarrow.fs URI or path; None: Ray's default
+    # A pyarrow.fs URI or path; None: Ray's default. A URI may hold credentials: it is in no repr.
+    storage_path: str | None = field(default=None, repr=False)
     resume: str | None = None  # "auto": go on with the run of this name, where there is one
     max_failures: int | None = None  # -1: any number; None: 3 after a lost worker, where checkpoints are kept
     runtime_env: Mapping[str, Any] | None = None
@@ -189,7 +191,7 @@ def _merge(checked: dict[str, Any], shorthand: str, default: object, where: str,
     given = checked[shorthand]
     if given != default and given != said:
         raise ConfigError(
-            f"Trainer({shorthand}={show(given)}) contradicts {where}={show(said)}. "
+            f"Trainer({shorthand}={redacted(show(given))}) contradicts {where}={redacted(show(said))}. "
             "Give it in one place, or the same in both."
         )
     checked[shorthand] = said

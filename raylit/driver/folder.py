@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 from raylit.config.placement import PlacementConfig
 from raylit.errors import ConfigError, RunExistsError
 from raylit.stage import Stage
+from raylit.uri import has_more_than_a_path, redacted
 from raylit.worker.storage import is_remote, resolved
 
 _PROBE = ".raylit_write_check"
@@ -32,11 +34,9 @@ def new_name(module_name: str) -> str:
 
 def place_of(placement: PlacementConfig) -> str:
     """The folder, path or URI, of the run that the Trainer names."""
-    storage = placement.storage_path or default_storage()
-    if filesystem_of(placement) is None and storage.startswith("file:"):
-        storage = _path_of(storage)
-    if is_remote(storage, filesystem_of(placement)):
-        return f"{storage}/{placement.name}"
+    storage, filesystem = _storage(placement)
+    if is_remote(storage, filesystem):
+        return f"{storage.rstrip('/')}/{placement.name}"
     return os.path.join(os.path.abspath(os.path.expanduser(storage)), placement.name or "")
 
 
@@ -60,13 +60,10 @@ def claim(placement: PlacementConfig, module_name: str, stage: Stage = Stage.FIT
     A fit's is called as the person says; an evaluation leaves that name to the fit that may follow.
     Raises RunExistsError for a name that is taken, ConfigError for a storage path that cannot be written.
     """
-    storage = placement.storage_path or default_storage()
+    storage, filesystem = _storage(placement)
     name = placement.name or new_name(module_name)
     if stage is not Stage.FIT:
         name = new_name(f"{placement.name or module_name}-{stage.value}")
-    filesystem = filesystem_of(placement)
-    if filesystem is None and storage.startswith("file:"):
-        storage = _path_of(storage)
     if is_remote(storage, filesystem):
         return _claim_remote(storage, name, filesystem)
     path = os.path.join(os.path.abspath(os.path.expanduser(storage)), name)
@@ -86,8 +83,36 @@ def claim(placement: PlacementConfig, module_name: str, stage: Stage = Stage.FIT
 
 
 def filesystem_of(placement: PlacementConfig) -> Any:
-    """The pyarrow filesystem that Ray's RunConfig was given, if any."""
-    return getattr(placement.run_config, "storage_filesystem", None)
+    """The pyarrow filesystem that the run's folder is a path on; None for a path of this machine and for plain URIs.
+
+    It was given in Ray's RunConfig, or is that of a URI with credentials or options in it.
+    """
+    return _storage(placement)[1]
+
+
+def _storage(placement: PlacementConfig) -> tuple[str, Any]:
+    """Where runs are kept, and the filesystem that this is a path on, if any. ConfigError for a URI that names none.
+
+    A URI with credentials or options is taken apart here, and goes no further: run folders, messages, what lies in
+    checkpoints and what Ray is told have the path alone.
+    """
+    storage = placement.storage_path or default_storage()
+    filesystem = getattr(placement.run_config, "storage_filesystem", None)
+    if filesystem is not None:
+        return storage, filesystem
+    if has_more_than_a_path(storage):
+        filesystem, storage = _taken_apart(storage)
+        return storage, filesystem
+    return _path_of(storage) if storage.startswith("file:") else storage, None
+
+
+@functools.lru_cache(maxsize=8)
+def _taken_apart(uri: str) -> tuple[Any, str]:
+    try:
+        return resolved(uri)
+    except (OSError, ValueError) as error:
+        reason = redacted(str(error).splitlines()[0])
+        raise ConfigError(f"storage_path={redacted(uri)!r} is no storage that pyarrow.fs knows: {reason}") from None
 
 
 def _path_of(uri: str) -> str:

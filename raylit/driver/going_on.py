@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylit.callback import Callback
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
-from raylit.checkpoint.folder import Folder
+from raylit.checkpoint.folder import Folder, folder_at
 from raylit.checkpoint.store import Manifest, Store, check_whole
 from raylit.driver import folder as folders
 from raylit.driver.result import LocalCheckpoint, StoredCheckpoint
@@ -176,15 +176,15 @@ def check_given(path: Any) -> None:
         if not isinstance(path, str) or not os.path.isdir(path):
             return
     path = os.fspath(path).rstrip("/")
-    if path.endswith("/model.ckpt"):
-        path = path.removesuffix("/model.ckpt")
+    path = path.removesuffix("/model.ckpt")
     if "://" not in path:
         path = os.path.abspath(os.path.expanduser(path))
         if not os.path.isdir(path):
             return
-    parent, _, name = path.rpartition("/")
     try:
-        check_whole(Folder(parent), name)
+        folder = folder_at(path)
+        parent, _, name = folder.path.removesuffix("/model.ckpt").rpartition("/")  # of a URI's path
+        check_whole(Folder(parent, folder.given_filesystem), name)
     except OSError:
         return  # reading it words what is wrong
 

@@ -49,6 +49,7 @@ def launch(
     failure_config: ray.train.FailureConfig | None = None,
     name: str | None = None,
     storage_path: str | None = None,
+    storage_filesystem: Any = None,
     max_failures: int | None = None,
     runtime_env: Mapping[str, Any] | None = None,
     worker_main: str = DEFAULT_WORKER_MAIN,
@@ -75,7 +76,7 @@ def launch(
         cluster.check_fits(*asked)
         job = dataclasses.replace(job, cpus=cluster.cpus_beside(*asked))
         check_cpus(ray_data, job.cpus)
-    run = merge_run(run_config, failure_config, name, storage_path, max_failures, runtime_env)
+    run = merge_run(run_config, failure_config, name, storage_path, max_failures, runtime_env, storage_filesystem)
     error: BaseException
     with open_channel(on_event) as channel, cluster.run_settings():
         sent = dataclasses.replace(job, channel=channel.address if channel else None)
@@ -137,6 +138,7 @@ def merge_run(
     storage_path: str | None,
     max_failures: int | None,
     runtime_env: Mapping[str, Any] | None,
+    storage_filesystem: Any = None,
 ) -> ray.train.RunConfig:
     """Ray's RunConfig with the shorthands filled in, always as a new object, with Ray Train's own log kept quiet.
 
@@ -150,7 +152,8 @@ def merge_run(
         failure = dataclasses.replace(failure or ray.train.FailureConfig(), max_failures=max_failures)
     if failure is not None:
         changes["failure_config"] = failure
-    changes.update({k: v for k, v in {"name": name, "storage_path": storage_path}.items() if v is not None})
+    own = {"name": name, "storage_path": storage_path, "storage_filesystem": storage_filesystem}
+    changes.update({key: value for key, value in own.items() if value is not None})
     if runtime_env and not (given and given.worker_runtime_env):
         changes["worker_runtime_env"] = dict(runtime_env)
     default_logging = ray.train.LoggingConfig()

@@ -235,6 +235,7 @@ def _launch(
             failure_config=placement.failure_config,
             name=name,
             storage_path=storage,
+            storage_filesystem=spec.run_filesystem,
             max_failures=0,  # see driver/restarts.py
             again=again,
             **where,

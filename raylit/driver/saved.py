@@ -10,6 +10,7 @@ from raylit.checkpoint import read
 from raylit.checkpoint.content import collect, weights_of
 from raylit.checkpoint.ranks import ordered, read_ranks
 from raylit.errors import CheckpointError, RaylitError
+from raylit.uri import redacted
 from raylit.worker.save import write_file
 
 if TYPE_CHECKING:
@@ -43,4 +44,6 @@ def save_checkpoint(trainer: Trainer, path: str | os.PathLike[str], weights_only
     try:
         write_file(checkpoint, os.fspath(path))
     except OSError as error:
-        raise CheckpointError(f"the checkpoint cannot be written to {os.fspath(path)!r}: {error}") from error
+        raise CheckpointError(
+            f"the checkpoint cannot be written to {redacted(os.fspath(path))!r}: {redacted(str(error))}"
+        ) from None

@@ -10,6 +10,7 @@ from raylit.checkpoint import FILE_NAME, write
 from raylit.checkpoint.ranks import ordered
 from raylit.engine.parts import Parts
 from raylit.errors import CheckpointError, RaylitError
+from raylit.uri import redacted
 from raylit.worker.storage import resolved
 
 
@@ -31,10 +32,10 @@ def save_checkpoint(parts: Parts, path: str, weights_only: bool) -> None:
         try:
             write_file(common, path)
         except OSError as error:
-            fault = str(error)
+            fault = redacted(str(error))
     fault = collective.broadcast_object(fault)  # all wait for the file: a rank may read it in its next line
     if fault:
-        raise CheckpointError(f"the checkpoint cannot be written to {path!r}: {fault}")
+        raise CheckpointError(f"the checkpoint cannot be written to {redacted(path)!r}: {fault}")
 
 
 def write_file(checkpoint: dict[str, Any], path: str) -> None:
