@@ -1,11 +1,11 @@
 """The end of a loop: every key of every worker, reduced in one collective. Worker side.
 
-Each rank sends one float64 vector: ``[keys known, batches, samples]`` and three numbers a key, ``[weight, count,
-total]``. Its length comes from the layout agreed before, on every rank alike, so that ranks that logged different keys
-can never send vectors of different sizes: they say "keys known: 0", all ranks see it, and all exchange their keys and
-values as objects. The same exchange stands in for the vector the first time a loop ends. So the steady state is one
-collective, the first end one object exchange. Keys with a callable or a torchmetrics Metric need one more exchange,
-since what they carry has no fixed size.
+Each rank sends one float64 vector: ``[keys known, batches, samples]``, three numbers a key, ``[weight, count, total]``,
+and its batches of each loader where there are several. Its length comes from the layout agreed before, on every rank
+alike, so that ranks that logged different keys can never send vectors of different sizes: they say "keys known: 0", all
+ranks see it, and all exchange their keys and values as objects. The same exchange stands in for the vector the first
+time a loop ends. So the steady state is one collective, the first end one object exchange. Keys with a callable or a
+torchmetrics Metric need one more exchange, since what they carry has no fixed size.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Entry(NamedTuple):
     kind: str
     site: str
     metric_path: str
+    loader: int | None = None  # of several, the one in whose batches it is logged
 
 
 class Reduced(NamedTuple):
@@ -52,7 +53,7 @@ FindMetric = Callable[[str], Any]
 
 def entry_of(slot: Slot) -> Entry:
     """Return what other ranks need to know of a slot."""
-    return Entry(slot.key, slot.suffix, slot.settings, slot.kind, slot.site, slot.metric_path)
+    return Entry(slot.key, slot.suffix, slot.settings, slot.kind, slot.site, slot.metric_path, slot.loader)
 
 
 def scalar_result(value: Any, key: str, by: str, site: str) -> float:
@@ -147,14 +148,15 @@ class Agreement:
         return [extra for _, extra in gathered]
 
     def reduce(self, loop: str, slots: Mapping[str, Slot], batches: int, samples: int, device: torch.device,
-               find_metric: FindMetric) -> list[Reduced]:
+               find_metric: FindMetric, batches_of: Sequence[int] = ()) -> list[Reduced]:
         """Return every key's value for the whole job, bit for bit the same on all ranks. Waits for the device.
 
+        ``batches_of``: this rank's batches of each loader, where there are several.
         Raises LogError on every rank where a key was logged by some of them only.
         """
-        rows = self._gather_rows(loop, slots, batches, samples)
+        rows = self._gather_rows(loop, slots, batches, samples, batches_of)
         entries = self._entries[loop]
-        _check_everywhere(entries, rows)
+        _check_everywhere(entries, rows, len(batches_of))
         values = [_reduce_key(entry, rows, HEADER + WIDTH * i) for i, entry in enumerate(entries)]
         special = [
             (i, e) for i, e in enumerate(entries)
@@ -172,21 +174,26 @@ class Agreement:
             for e, v, t, ranks in zip(entries, values, tensors, logged) if ranks
         ]  # fmt: skip
 
-    def _gather_rows(self, loop: str, slots: Mapping[str, Slot], batches: int, samples: int) -> list[list[float]]:
+    def _gather_rows(
+        self, loop: str, slots: Mapping[str, Slot], batches: int, samples: int, batches_of: Sequence[int]
+    ) -> list[list[float]]:
         """Return each rank's vector as Python numbers, in rank order."""
         entries = self._entries.get(loop)
         if entries is not None:
             known = {entry.key: entry.settings.shared() for entry in entries}
             same = all(known.get(slot.key) == slot.settings.shared() for slot in slots.values())
-            vector = _pack(entries, slots, [float(same), batches, samples], self._collective.device)
+            vector = _pack(entries, slots, [float(same), batches, samples], batches_of, self._collective.device)
             rows = [row.tolist() for row in torch.stack(self._collective.all_gather(vector)).cpu()]
             if all(row[0] for row in rows):
                 return rows
         own = {key: _numbers(slot, torch.device("cpu")) for key, slot in slots.items()}
         values = {key: [*numbers, float(total)] for key, (numbers, total) in own.items()}
-        extras = self.exchange(loop, slots, ([1.0, batches, samples], values))
+        extras = self.exchange(loop, slots, ([1.0, batches, samples], values, list(batches_of)))
         agreed = self._entries[loop]
-        return [[*header, *(n for e in agreed for n in values.get(e.key, [0.0] * WIDTH))] for header, values in extras]
+        return [
+            [*header, *(n for e in agreed for n in values.get(e.key, [0.0] * WIDTH)), *each]
+            for header, values, each in extras
+        ]
 
     def _reduce_special(self, entries: list[Entry], slots: Mapping[str, Slot], find: FindMetric) -> list[float]:
         """Reduce callables' and torchmetrics' keys: one exchange of what they hold, and one of results where a rank
@@ -263,13 +270,17 @@ def _numbers(slot: Slot | None, device: torch.device) -> tuple[list[float], Tens
     return [weight, float(max(running.count, 1))], running.total(device)
 
 
-def _pack(entries: Sequence[Entry], slots: Mapping[str, Slot], header: list[float], device: torch.device) -> Tensor:
+def _pack(
+    entries: Sequence[Entry], slots: Mapping[str, Slot], header: list[float], batches_of: Sequence[int],
+    device: torch.device,
+) -> Tensor:  # fmt: skip
     """Return this rank's vector on the collective's device; Python numbers travel in one copy."""
     rows = [_numbers(slots.get(entry.key), device) for entry in entries]
     dtype = accumulation_dtype(device)
-    host = torch.tensor([*header, *(n for numbers, _ in rows for n in (*numbers, 0.0))], dtype=dtype).to(device)
+    keys = [number for numbers, _ in rows for number in (*numbers, 0.0)]
+    host = torch.tensor([*header, *keys, *batches_of], dtype=dtype).to(device)
     if rows:
-        host[HEADER + 2 :: WIDTH] = torch.stack([total for _, total in rows])
+        host[HEADER + 2 : HEADER + len(keys) : WIDTH] = torch.stack([total for _, total in rows])
     return host
 
 
@@ -278,16 +289,17 @@ def _ranks_with(entry: Entry, rows: list[list[float]], at: int) -> list[int]:
     return [rank for rank in ranks if rank == 0] if entry.settings.rank_zero_only else ranks
 
 
-def _check_everywhere(entries: list[Entry], rows: list[list[float]]) -> None:
-    """Raise LogError, the same on every rank, for keys logged on some ranks only. A rank without a batch in this loop
-    (fewer samples than ranks) is exempt, since the hooks that log never ran there."""
+def _check_everywhere(entries: list[Entry], rows: list[list[float]], loaders: int) -> None:
+    """Raise LogError, the same on every rank, for keys logged on some ranks only. A rank without a batch in this loop,
+    or of the key's loader (fewer samples than ranks), is exempt, since the hooks that log never ran there."""
     anyone = any(row[1] for row in rows)
     faults = []
     for i, entry in enumerate(entries):
         if entry.settings.rank_zero_only:
             continue
         have = _ranks_with(entry, rows, HEADER + WIDTH * i)
-        lack = [rank for rank, row in enumerate(rows) if rank not in have and (row[1] or not anyone)]
+        ran = [rank for rank, row in enumerate(rows) if _batches(row, entry, loaders) or not anyone]
+        lack = [rank for rank in ran if rank not in have]
         if have and lack:
             faults.append(f"{entry.key!r} was logged on {_named(have)} ({entry.site}) but not on {_named(lack)}")
     if faults:
@@ -295,6 +307,13 @@ def _check_everywhere(entries: list[Entry], rows: list[list[float]]) -> None:
             f"Metrics logged on some ranks only have no value for the whole job: {'; '.join(faults)}. "
             "Log them on every rank, or pass rank_zero_only=True where only rank 0's value counts."
         )
+
+
+def _batches(row: list[float], entry: Entry, loaders: int) -> float:
+    """The batches in which a rank may have logged the key."""
+    if entry.loader is None or entry.loader >= loaders:
+        return row[1]
+    return row[len(row) - loaders + entry.loader]
 
 
 def _named(ranks: list[int]) -> str:

@@ -39,6 +39,7 @@ class _Frame:
         self.num_dataloaders = num_dataloaders
         self.slots: dict[str, Slot] = {}
         self.batches = 0
+        self.batches_of = [0] * num_dataloaders if num_dataloaders > 1 else []
         self.sized = 0  # batches whose size was read
         self.samples = 0  # their samples
         self.settled: dict[str, Reduced] = {}  # what batches logged, reduced before the epoch hooks
@@ -85,6 +86,8 @@ class MetricStore:
         """Name the batch that log calls are about; its size is read at most once, in training only when needed."""
         frame = self._frames[-1]
         frame.batches += 1
+        if frame.batches_of:
+            frame.batches_of[dataloader_idx] += 1
         self._batch, self._size = batch, None
         if dataloader_idx != self._loader:
             self._loader = dataloader_idx
@@ -180,7 +183,7 @@ class MetricStore:
                 return reduce_alone(slots, self._device)
             samples = frame.samples if frame.sized == frame.batches else -1
             return self._agreement.reduce(
-                frame.loop + part, slots, frame.batches, samples, self._device, self._find_metric
+                frame.loop + part, slots, frame.batches, samples, self._device, self._find_metric, frame.batches_of
             )
 
     def clear(self) -> None:

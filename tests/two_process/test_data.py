@@ -53,6 +53,29 @@ def test_two_loaders_and_a_sequence_of_batches(two: Processes) -> None:
     assert mean == [2.0, 8.0] and ranks[0] == ranks[1]
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_without_a_batch_of_one_loader_has_nothing_to_log_there(
+    processes: Callable[[int], Processes], world_size: int
+) -> None:
+    ranks = processes(world_size)(test_case, lambda: [values(5, 2), values(1, 1), values(4, 1)], {})
+    mean = [metrics[f"mean/dataloader_idx_{i}"] for i, metrics in enumerate(ranks[0])]
+    assert mean == [2.0, 0.0, 1.5] and all(rank == ranks[0] for rank in ranks)
+
+
+def log_on_rank_0(rank: int, world_size: int) -> None:
+    class Half(Measures):
+        def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int) -> None:
+            if rank == 0 or dataloader_idx == 0:
+                self.log("mean", batch.mean())
+
+    run_here(Half(), [values(4, 1), values(4, 1)], stage="test", rank=rank, world_size=world_size)
+
+
+def test_a_rank_with_batches_that_does_not_log_is_an_error(two: Processes) -> None:
+    with pytest.raises(RankFailed, match="'mean/dataloader_idx_1' was logged on rank 0 .* but not on rank 1"):
+        two(log_on_rank_0)
+
+
 def test_a_limit_counts_batches_of_each_rank(two: Processes) -> None:
     ranks = two(test_case, lambda: values(12, 2), {"limit_test_batches": 2})
     assert ranks[0][0]["sum"] == sum(range(8))
