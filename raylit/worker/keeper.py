@@ -53,6 +53,7 @@ class _Keeping:
     last_step: int = -1  # of the last time that it asked by steps
     owed: bool = False  # it asked while its metric was not of these weights
     saved: tuple[State, str] | None = None  # the last one
+    spare: str | None = None  # kept for a notice alone: goes once a later state is whole
     due_at: float = 0.0  # by time, on this rank's clock
 
     @property
@@ -289,13 +290,14 @@ class CheckpointKeeper:
     def _decide(self, keeping: _Keeping, point: SafePoint, here: State,
                 metrics: dict[str, float]) -> tuple[Decision, str]:  # fmt: skip
         callback, rules, at_end = keeping.callback, keeping.callback.rules, point in _NEEDED
-        if point is SafePoint.PREEMPTION and rules.save_last is False:
-            rules = replace(rules, save_last=None)
+        if point is SafePoint.PREEMPTION:  # the newest state, and never one of the best: those are the run's alone
+            rules = replace(rules, ranked=True, top_k=0, save_last=None)
         light = callback.save_weights_only and point is SafePoint.PREEMPTION  # what is there is not enough
         if keeping.saved is not None and keeping.saved[0] == here and not light:
             name = keeping.saved[1]
-            keeping.kept = same_again(rules, keeping.kept, name, at_end=at_end)
-            callback.has(keeping.kept)
+            if point is not SafePoint.PREEMPTION:
+                keeping.kept = same_again(rules, keeping.kept, name, at_end=at_end)
+                callback.has(keeping.kept)
             return Decision(False, keeping.kept), name
         values = {**metrics, "epoch": self._epoch(point), "step": self._state.global_step}
         name = plain = callback.format_checkpoint_name(values)
@@ -306,6 +308,9 @@ class CheckpointKeeper:
         decision = decide(rules, keeping.kept, name, metrics.get(callback.monitor or ""), at_end=at_end)
         if not callback.enable_version_counter and name != plain and plain in decision.kept.names:
             decision = replace(decision, kept=decision.kept.without(plain), delete=(*decision.delete, plain))
+        spare, whole = keeping.spare, point is not SafePoint.PREEMPTION and not callback.save_weights_only
+        if decision.save and whole and spare is not None and decision.kept.last == spare:
+            decision = replace(decision, kept=replace(decision.kept, last=None), delete=(*decision.delete, spare))
         return decision, name
 
     def _job(self, keeping: _Keeping, decision: Decision, name: str, here: State, metrics: dict[str, float],
@@ -316,6 +321,8 @@ class CheckpointKeeper:
             if other.store.folder.path == keeping.store.folder.path:
                 other.taken.add(name)
         callback.has(decision.kept)
+        if point is SafePoint.PREEMPTION:
+            keeping.spare = name
         if callback.verbose:
             score = callback.current_score
             text = "" if score is None else f", {callback.monitor} = {float(score):.6g}"

@@ -31,7 +31,7 @@ _LOOKS = 10  # at the counters, within one time-out
 _FRAMES = 4
 _FLUSH_S = 1.0  # for the report to leave the process
 # A thread in one of these waits for other ranks. Backward is among them: DDP averages gradients in it.
-_WAITING = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py")
+_WAITING = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py", "raylit/worker/preemption.py")
 
 
 class ProgressWatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -170,16 +171,36 @@ def test_it_is_written_before_the_next_batch_and_an_attempt_goes_on_from_it(kind
     assert whole.metrics == rest.metrics
 
 
-def test_a_checkpoint_that_was_kept_for_a_notice_changes_no_rhythm(tmp_path: Path) -> None:
-    def names(folder: str, notices: Any) -> list[str]:
-        seed_all(1)
-        callback = ModelCheckpoint(every_n_train_steps=3, save_top_k=-1, filename="{step}")
-        run_here(Net(), shuffled()(), storage=str(tmp_path / folder), order_seed=1, callbacks=[callback],
-                 notices=notices, max_epochs=2)  # fmt: skip
-        return [each.name for each in Store(Folder(str(tmp_path / folder / "checkpoints"))).manifests()]
+RHYTHMS: dict[str, tuple[dict[str, Any], list[int]]] = {  # and the steps whose states are kept
+    "by steps": ({"every_n_train_steps": 3, "save_top_k": -1}, [3, 6, 8]),
+    "the newest": ({"every_n_train_steps": 3, "save_last": False}, [6]),
+    "by validations": ({"monitor": "val_loss", "save_on_train_epoch_end": False, "save_top_k": 9}, [2, 4, 6, 8, 8]),
+    # The metric of a state that nobody asked for is not waited for.
+    "never": ({"monitor": "val_loss", "every_n_train_steps": 100, "save_top_k": 9}, [8]),
+}
 
-    assert names("without", None) == ["step=3", "step=6", "step=8"]
-    assert names("with", Announces((1, 2))) == ["step=2", "step=3", "step=6", "step=8"]  # 3 is there already
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("kind", RHYTHMS)
+def test_a_checkpoint_that_was_kept_for_a_notice_changes_no_rhythm(kind: str, at: int, tmp_path: Path) -> None:
+    """What is kept otherwise is kept still, and with the same metrics."""
+    given, steps = RHYTHMS[kind]
+
+    def kept(folder: str, notices: Any) -> Counter[tuple[int, float | None]]:
+        seed_all(1)
+        run_here(
+            Net(), shuffled()(), val=DataLoader(Noisy(6, seed=1), batch_size=3), storage=str(tmp_path / folder),
+            order_seed=1, callbacks=[ModelCheckpoint(filename="{step}", **given)], notices=notices, max_epochs=2,
+            val_check_interval=2,
+        )  # fmt: skip
+        manifests = Store(Folder(str(tmp_path / folder / "checkpoints"))).manifests()
+        return Counter((each.step, each.score) for each in manifests)
+
+    without, notices = kept("without", None), Announces((at,))
+    assert sorted(step for step, _ in without.elements()) == steps
+    with_notice = kept("with", notices)
+    assert notices.calls > at
+    assert with_notice == without
 
 
 # The rhythm ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from raylit.stage import Loop, Stage
 from raylit.view import RunState
 from raylit.wire import World
 from raylit.worker import watch as watching
+from raylit.worker.preemption import RayNotices
 from raylit.worker.watch import ProgressWatch, is_waiting, own_frames
 
 
@@ -87,6 +88,14 @@ def standing_in(file: str, inner: Any = None) -> Any:
     source = "import sys\ndef stand(inner):\n    return inner() if inner else sys._getframe()\n"
     exec(compile(source, path, "exec"), names)
     return names["stand"](inner)
+
+
+def test_a_rank_that_asks_for_announcements_waits_for_others() -> None:
+    names: dict[str, Any] = {"frames": []}
+    source = "import sys\ndef ask():\n    frames.append(sys._getframe())\n"
+    exec(compile(source, Path(torch.__file__).parent / "cuda/streams.py", "exec"), names)  # in Ray's place
+    RayNotices(names["ask"], 5.0, str).ask()
+    assert is_waiting(names["frames"][0])
 
 
 def test_waiting_is_told_from_the_files_of_the_innermost_frames() -> None:
