@@ -419,7 +419,7 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     """Run a job on a Ray worker and return what rank 0 has to send home, packed."""
     from raylit.travel import Departure, pack, unpack_spec
 
-    spec, use_gpu = unpack_spec(job.payload)
+    spec, use_gpu = unpack_spec(job.payload, job.refs)
     spec.cpus = job.cpus
     view = WorkerTrainer(RunState())
     # Only rank 0's objects go home, so only they are compared.

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import io
 import pickle
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -70,10 +71,12 @@ class Homecoming:
 
 
 # == out ===========================================================================================================
-def pack_spec(spec: RunSpec) -> bytes:
-    """Pickle a run's description; SerializationError names the part that cannot travel."""
-    import cloudpickle
+def pack_spec(spec: RunSpec, refs: list[Any] | None = None) -> bytes:
+    """Pickle a run's description; SerializationError names the part that cannot travel.
 
+    ``refs`` gets the references to objects in Ray's store that are in it, as in a ``MaterializedDataset``, which must
+    travel through Ray and be given to ``unpack_spec``: among other bytes they would lose who owns the object.
+    """
     # Placement is the driver's own, and Ray's objects in it may hold anything.
     slim = dataclasses.replace(
         spec, config=dataclasses.replace(spec.config, placement=PlacementConfig()),
@@ -81,10 +84,30 @@ def pack_spec(spec: RunSpec) -> bytes:
     if any(p.device.type != "cpu" for p in spec.module.parameters()):
         spec.module.cpu()  # a worker may have no such device
     try:
-        data: bytes = cloudpickle.dumps(slim)
-        return data
+        return _dumps_apart(slim, [] if refs is None else refs)
     except Exception as error:
         raise SerializationError(_culprit(spec, error)) from None
+
+
+def _dumps_apart(value: Any, refs: list[Any]) -> bytes:
+    """Pickle ``value`` with the numbers of its Ray references in their place."""
+    import cloudpickle
+
+    ray = sys.modules.get("ray")
+    file = io.BytesIO()
+    pickler = cloudpickle.Pickler(file)
+    if ray is not None:  # else nobody has made one
+
+        class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+            def persistent_id(self, obj: Any) -> Any:
+                if not isinstance(obj, ray.ObjectRef):
+                    return None
+                refs.append(obj)
+                return len(refs) - 1
+
+        pickler = Pickler(file)
+    pickler.dump(value)
+    return file.getvalue()
 
 
 def with_gpu(data: bytes, use_gpu: bool) -> bytes:
@@ -141,9 +164,14 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
                 yield f".{name}", child
 
 
-def unpack_spec(data: bytes) -> tuple[RunSpec, bool]:
-    """On the worker: the run's description, and whether to use the GPU."""
-    return pickle.loads(memoryview(data)[1:]), data[:1] == _GPU
+def unpack_spec(data: bytes, refs: Sequence[Any] = ()) -> tuple[RunSpec, bool]:
+    """On the worker: the run's description, and whether to use the GPU. ``refs``: those of ``pack_spec``."""
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> Any:
+            return refs[pid]
+
+    return Unpickler(io.BytesIO(memoryview(data)[1:])).load(), data[:1] == _GPU
 
 
 # == home ==========================================================================================================

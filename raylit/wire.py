@@ -40,6 +40,7 @@ class Job:
     sys_path: tuple[str, ...] = ()
     working_dir: str | None = None
     argv: tuple[str, ...] = ()  # of the caller's script: hooks that read the command line see the same
+    refs: tuple[Any, ...] = ()  # Ray ObjectRefs that the payload names
     cpus: ClusterCpus | None = None  # None: unknown, or the cluster may grow
 
 

@@ -198,7 +198,8 @@ def _launch(
     from raylit.driver.launch import launch
 
     placement = trainer._config.placement
-    payload = pack_spec(spec)  # before Ray is started: what cannot travel is refused here
+    refs: list[Any] = []
+    payload = pack_spec(spec, refs)  # before Ray is started: what cannot travel is refused here
     if spec.stage is Stage.FIT or not cluster.connected():
         workers = placement.worker_range[0]
         text = f"starting {workers} Ray worker{'s' * (workers != 1)} ..."
@@ -211,6 +212,7 @@ def _launch(
     job = Job(
         stage=spec.stage.value,
         payload=with_gpu(payload, bool(use_gpu)),
+        refs=tuple(refs),
         sys_path=tuple(entry for entry in sys.path if entry),
         working_dir=os.getcwd(),
         argv=tuple(sys.argv),

@@ -124,7 +124,8 @@ def cpus_to_read(train: Any, evaluated: Any, *, beside: bool, predicting: bool =
 
 def validates_within(fit: FitConfig) -> bool:
     """Whether training's Datasets may still have rows when a validation begins."""
-    return fit.val_check_interval != 1.0 or fit.train_batch_limit != 1.0
+    # A whole number counts batches: 1 is one of them, 1.0 all.
+    return any(isinstance(each, int) or each < 1.0 for each in (fit.val_check_interval, fit.train_batch_limit))
 
 
 def problem(count: int, cpus: ClusterCpus | None) -> str | None:

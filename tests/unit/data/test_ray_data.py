@@ -19,7 +19,7 @@ from raylit.engine.evaluate import in_dataset_order
 from raylit.errors import DataError, ResourceError
 from raylit.wire import ClusterCpus
 from raylit.worker.loaders import in_order
-from raylit.worker.ray_data import check_cpus, problem
+from raylit.worker.ray_data import check_cpus, problem, validates_within
 from tests.unit.engine.small import Numbers, quiet
 
 
@@ -238,6 +238,19 @@ def test_the_cpus_that_are_left_for_ray_datas_tasks() -> None:
         assert part in text
     with pytest.raises(ResourceError, match="2 ray.data.Datasets at a time takes 2 CPUs"):
         check_cpus(2, ClusterCpus(4.0, 3, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "within"),
+    [
+        ({}, False), ({"val_check_interval": 1}, True), ({"val_check_interval": 0.5}, True),
+        ({"limit_train_batches": 1}, True), ({"limit_train_batches": 1.0}, False), ({"overfit_batches": 2}, True),
+    ],
+)  # fmt: skip
+def test_when_a_validation_comes_before_the_training_data_are_through(
+    tmp_path: Path, arguments: dict[str, Any], within: bool
+) -> None:
+    assert validates_within(quiet(tmp_path, **arguments)._config.fit) is within
 
 
 class Sees(Numbers):
