@@ -93,20 +93,20 @@ def _dumps_apart(value: Any, refs: list[Any]) -> bytes:
     """Pickle ``value`` with the numbers of its Ray references in their place."""
     import cloudpickle
 
-    ray = sys.modules.get("ray")
+    if "ray" not in sys.modules:  # then nobody has made one
+        data: bytes = cloudpickle.dumps(value)
+        return data
+    from ray import ObjectRef
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def persistent_id(self, obj: Any) -> Any:
+            if not isinstance(obj, ObjectRef):
+                return None
+            refs.append(obj)
+            return len(refs) - 1
+
     file = io.BytesIO()
-    pickler = cloudpickle.Pickler(file)
-    if ray is not None:  # else nobody has made one
-
-        class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-            def persistent_id(self, obj: Any) -> Any:
-                if not isinstance(obj, ray.ObjectRef):
-                    return None
-                refs.append(obj)
-                return len(refs) - 1
-
-        pickler = Pickler(file)
-    pickler.dump(value)
+    Pickler(file).dump(value)
     return file.getvalue()
 
 
