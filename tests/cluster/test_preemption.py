@@ -19,6 +19,7 @@ from tests.two_process.harness import Processes, run_here
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.timeout(900),  # several raylets start and stop, on few cores
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="needs several loopback addresses"),
 ]

@@ -54,6 +54,7 @@ SCRIPT = """
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.timeout(900),  # several raylets start and stop, on few cores
     pytest.mark.slow,
     pytest.mark.skipif(not may_hide_folders(), reason="needs Linux and the right to make a mount namespace"),
 ]
