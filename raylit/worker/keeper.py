@@ -90,7 +90,8 @@ class CheckpointKeeper:
         self._asked = 0  # safe points within epochs, for the clock
         self._closed_epoch = -1  # epochs done at the last safe point after an epoch
         self._validated = False  # a validation of this fit is done
-        self._told: list[str] = []  # failures that were said
+        self._failing: dict[str, str] = {}  # folders that cannot be written now, and why
+        self._failure = ""  # the last one
 
     # -- before and after ----------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -154,7 +155,7 @@ class CheckpointKeeper:
                               for k in self._kept)  # fmt: skip
         if point in _NEEDED and self._settle() and self._first and point is not SafePoint.PREEMPTION:
             warnings.warn(
-                f"the state at the end of the fit could not be kept: {self._told[-1]}. The weights are in the model, "
+                f"the state at the end of the fit could not be kept: {self._failure}. The weights are in the model, "
                 "and trainer.save_checkpoint(path) writes them elsewhere",
                 UserWarning,
                 stacklevel=2,
@@ -358,13 +359,17 @@ class CheckpointKeeper:
                 keeping.callback.has(keeping.kept)
 
     def _tell(self, outcome: Outcome) -> None:
-        """Say on rank 0, once, what could not be written or deleted."""
+        """Say on rank 0 what could not be written or deleted; of one reason once, and when it is over."""
         if not self._first:
             return
+        folder, name = outcome.job.store.folder.path, outcome.job.manifest.name
         if outcome.error is not None:
-            line = f"{outcome.job.store.path_of(outcome.job.manifest.name)}: {outcome.error}"
-            if line not in self._told:
-                self._told.append(line)
-                self._parts.output.note(f"a checkpoint could not be written, what was kept stays: {line}")
+            self._failure = f"{folder}/{name}: {outcome.error}"
+            reason = outcome.error.replace(name, "")
+            if self._failing.get(folder) != reason:
+                self._failing[folder] = reason
+                self._parts.output.note(f"a checkpoint could not be written, what was kept stays: {self._failure}")
+        elif self._failing.pop(folder, None) is not None:
+            self._parts.output.note(f"checkpoints are written again: {folder}/{name}")
         for left in outcome.left_over:
             self._parts.output.note(f"an old checkpoint could not be deleted: {left}")
