@@ -309,10 +309,18 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
         start_new_session=True,
     )
     assert process.stdout is not None
-    hellos = [process.stdout.readline() for _ in range(2)]
-    assert all(line.startswith("hello") for line in hellos)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole foreground group gets it
-    out, err = process.communicate(timeout=60)
+    try:
+        hellos: list[str] = []
+        while len(hellos) < 2 and (line := process.stdout.readline()):
+            hellos.append(line)
+        if not all(line.startswith("hello") for line in hellos) or len(hellos) < 2:
+            process.kill()
+            pytest.fail(f"the script said {hellos}, and: {process.communicate()}")
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole foreground group gets it
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert (out, err, process.returncode) == ("interrupted\n", "", 0)
     # The raylet outlives its driver by a moment while it goes down in order.
     for _ in range(600):
