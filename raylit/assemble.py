@@ -12,7 +12,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,10 @@ from raylit.callbacks.configuring import configured
 from raylit.checkpoint import load_weights
 from raylit.checkpoint.ranks import for_rank
 from raylit.config.amounts import check_precision
+from raylit.config.fit import FitConfig
 from raylit.config.trainer import TrainerConfig
 from raylit.data.batch import batch_size_of, split_time, to_device
+from raylit.data.rng import FOR_SHARE, mix_seed, seed_process
 from raylit.datamodule import DataModule
 from raylit.engine.handle import ModuleHandle
 from raylit.engine.parts import Parts, Saved
@@ -119,7 +121,11 @@ def pick_device(world: World, use_gpu: bool | str) -> torch.device:
 def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_gpu: bool | str) -> RunOutcome:
     """Run one stage in this process as the given place in the world, with ``view`` as everyone's ``trainer``."""
     settings = configured(spec.config.fit, spec.callbacks)
-    fit = settings.fit
+    fit, placement = settings.fit, spec.config.placement
+    resized = spec.stage is Stage.FIT and placement.elastic
+    if resized and placement.elastic_batch == "keep":
+        check_can_keep_batch(spec.module, fit)
+        world = replace(world, shares=placement.worker_range[1])
     device = pick_device(world, use_gpu)
     check_precision(fit.precision, use_gpu=device.type == "cuda")
     _randomness(spec, world)
@@ -166,9 +172,10 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         metrics=MetricStore(strategy.collective, device, batch_size_of, spec.module.named_modules),
         loaders=Loaders(spec.loaders, spec.module, spec.datamodule, world, order_seed,
                         fit.use_distributed_sampler, bool(fit.overfit_batches),
-                        sharing, spec.cpus, validates_within(fit)),
+                        sharing, spec.cpus, validates_within(fit), resized),
         transfer=bind_transfer(spec.module, spec.datamodule, device, precision),
         move=to_device, split_time=split_time, order_seed=order_seed,
+        reseed=None if world.shares is None else partial(seed_share, order_seed, device),
     )  # fmt: skip
     parts.on_save = checkpoint_hook(parts, "on_save_checkpoint")
     keeper = None
@@ -215,13 +222,42 @@ def _go_on(parts: Parts, spec: RunSpec) -> None:
     if spec.stage is not Stage.FIT:
         return
     state.epoch, state.global_step = epochs_done(loaded), int(loaded["global_step"])
-    ranks = int((loaded.get("raylit") or {}).get("world_size", world.world_size))
-    own = for_rank(spec.own_states, world.global_rank, ranks, world.world_size)
+    extra = loaded.get("raylit") or {}
+    ranks = int(extra.get("world_size", world.world_size))
+    elastic = spec.config.placement.elastic
+    shares = int(extra.get("shares", ranks))
+    own = for_rank(spec.own_states, world.global_rank, ranks, world.world_size, shares=shares, loaders=elastic)
     parts.saved = Saved(loaded, own, ranks == world.world_size)
-    if ranks != world.world_size:
+    if ranks != world.world_size and not elastic:
         parts.output.note(
             f"the checkpoint is of {ranks} worker{'s' * (ranks != 1)}, and this run has {world.world_size}: the order "
-            "of samples goes on, random numbers and the metrics of a half-done epoch begin anew"
+            "of samples and the metrics of a half-done epoch go on, random numbers begin anew"
+        )
+
+
+def seed_share(seed: int, device: torch.device, epoch: int, step: int, share: int) -> None:
+    """Seed this process for one share of a step's data: what is drawn for it is the same on whichever worker."""
+    mixed = mix_seed(seed, epoch, FOR_SHARE, step, share)
+    seed_process(mixed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(mixed)
+
+
+def check_can_keep_batch(module: Module, fit: FitConfig) -> None:
+    """Refuse what an elastic run cannot do while it keeps a step's samples together over fewer workers."""
+    automatic = module.automatic_optimization if fit.automatic_optimization is None else fit.automatic_optimization
+    in_pieces = fit.truncated_bptt_steps or module.truncated_bptt_steps
+    problem = (
+        "manual optimisation: training_step steps itself, after each worker's batch" if not automatic
+        else "truncated BPTT: each piece of a batch is a step" if in_pieces
+        else "sync_batchnorm=True: statistics are of the batches of the workers that are there" if fit.sync_batchnorm
+        else ""
+    )  # fmt: skip
+    if problem:
+        raise ConfigError(
+            "an elastic run keeps the samples of an optimizer step together by gradient accumulation, and that cannot "
+            f"be with {problem}. Give one number of workers, or elastic_batch='scale', which lets a step have as many "
+            "samples as there are workers for"
         )
 
 

@@ -246,8 +246,8 @@ class TrainerView:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """Batches to an optimizer step in the epoch that runs."""
-        return self._state.settings.accumulation_at(self._state.epoch)
+        """Batches of this worker to an optimizer step in the epoch that runs."""
+        return self._state.settings.accumulation_at(self._state.epoch) * self._state.world.turns
 
     @property
     def enable_validation(self) -> bool:

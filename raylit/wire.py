@@ -22,6 +22,17 @@ class World:
     node_name: str = "localhost"
     # Storage folder of the run and the pyarrow filesystem path are the driver's to choose; None: nothing is kept.
     storage_path: str | None = None
+    shares: int | None = None  # parts that each step's data are cut into; None: one for each worker
+
+    @property
+    def shares_of_a_step(self) -> int:
+        """Parts that each step's data are cut into, over all workers."""
+        return self.world_size if self.shares is None else self.shares
+
+    @property
+    def turns(self) -> int:
+        """Batches one after the other in which the workers together get through a step: 1 where each has one share."""
+        return -(-self.shares_of_a_step // self.world_size)
 
 
 @dataclass(frozen=True)

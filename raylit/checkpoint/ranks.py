@@ -81,21 +81,58 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 # -- another number of ranks -----------------------------------------------------------------------------------------
-def for_rank(own: Mapping[int, dict[str, Any]], rank: int, saved_ranks: int, ranks: int) -> dict[str, Any] | None:
+def for_rank(own: Mapping[int, dict[str, Any]], rank: int, saved_ranks: int, ranks: int,
+             shares: int | None = None, loaders: bool = False) -> dict[str, Any] | None:  # fmt: skip
     """Return what ``rank`` of ``ranks`` goes on with, of a checkpoint by ``saved_ranks``; None where there is nothing.
 
     At another number of ranks each gets the mean of the half-summed gradients, so that the batches behind them still
-    count; the rest belongs to ranks that are no more.
+    count. The metrics of rank r are the concern of rank r % ``ranks`` now: ``metrics_of`` has those of each whose place
+    is taken. ``outputs`` are dealt out as the data are, of which a step had so many ``shares``. Random states are not
+    among it. ``loaders``: what loaders keep is the same on all ranks.
     """
     if saved_ranks == ranks:
         return own.get(rank)
-    if not own or len(own) != saved_ranks:
+    if not own or len(own) != saved_ranks or any("gradients" not in part for part in own.values()):
         return None
     parts = [own[each] for each in range(saved_ranks)]
     names = sorted({name for part in parts for name in part["gradients"]})
     means = {name: sum(p["gradients"][name] for p in parts if name in p["gradients"]) / saved_ranks for name in names}
     took_part = [any(lane) for lane in zip(*(part["group"]["took_part"] for part in parts))]
-    return {"gradients": means, "group": {"took_part": took_part}}
+    mine = parts[rank % saved_ranks]
+    taken: dict[str, Any] = {"gradients": means, "group": {"took_part": took_part}}
+    kept = ("shown", "measured", *(("loaders",) if loaders else ()))
+    taken |= {name: mine[name] for name in kept if name in mine}
+    if mine.get("metrics") is not None:
+        taken["metrics_of"] = [part["metrics"] for part in parts[rank::ranks]]
+        taken["metrics_example"] = parts[0]["metrics"]
+    if mine.get("outputs") is not None:
+        taken["outputs"] = _dealt([part["outputs"] for part in parts], rank, ranks, shares or saved_ranks)
+    return taken
+
+
+def _dealt(saved: Sequence[Mapping[str, Any]], rank: int, ranks: int, shares: int) -> dict[str, Any]:
+    """Return the outputs of several ranks that are ``rank``'s now, in order. Each is (see ``placed``) a list of lists.
+
+    A rank's n-th output belongs to its n-th share of the data; where batches were skipped this is not exact.
+    """
+    lanes: list[list[Any]] = []
+    flags: list[list[bool]] = []
+    for old, part in enumerate(saved):
+        own = range(old, shares, len(saved))  # the shares of a step that this rank had
+        on_cpu = iter(part["on_cpu"])
+        for number, lane in enumerate(part["value"]):
+            if number == len(lanes):
+                lanes.append([])
+            for count, output in enumerate(lane):
+                step, turn = divmod(count, len(own))
+                where = [next(on_cpu) for _ in _tensors(output)]
+                if own[turn] % ranks == rank:
+                    lanes[number].append((step, own[turn], output, where))
+    for lane in lanes:
+        lane.sort(key=lambda each: each[:2])
+        flags += [where for *_, where in lane]
+    return {"value": [[output for _, _, output, _ in lane] for lane in lanes],
+            "on_cpu": [each for where in flags for each in where]}  # fmt: skip
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ class PlacementConfig:
     """
 
     num_workers: int | tuple[int, int] = 1  # 0: in this process, without Ray; (min, max): elastic
+    # Elastic runs. "keep": an optimizer step has the samples that it has on max workers; "scale": batch_size for each
+    # worker that is there.
+    elastic_batch: str = "keep"
     use_gpu: bool | str = "auto"
     resources_per_worker: Mapping[str, float] | None = None
     placement_strategy: str | None = None  # None: Ray's default, "PACK"
@@ -47,6 +50,7 @@ class PlacementConfig:
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "num_workers": _workers(self.num_workers),
+            "elastic_batch": one_of("elastic_batch", self.elastic_batch, ("keep", "scale")),
             "use_gpu": self.use_gpu if isinstance(self.use_gpu, bool) else _auto(self.use_gpu),
             "resources_per_worker": _resources(self.resources_per_worker),
             "placement_strategy": _placement(self.placement_strategy),
@@ -86,6 +90,16 @@ class PlacementConfig:
     def worker_range(self) -> tuple[int, int]:
         """The least and the most workers; equal unless the run is elastic; (0, 0) in process."""
         return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return isinstance(self.num_workers, tuple)
+
+    @property
+    def resize_every_s(self) -> float:
+        """Seconds between two looks for room for more workers: Ray's own setting in ``scaling_config``."""
+        return float(getattr(self.scaling_config, "elastic_resize_monitor_interval_s", 60.0))
 
     @property
     def unused_in_process(self) -> tuple[str, ...]:

@@ -36,9 +36,31 @@ class TrainerConfig:
                 f"Trainer(strategy={strategy!r}, sync_batchnorm=True): the parts of a batch run one after another, so "
                 "their BatchNorm layers cannot wait for each other. Use strategy='ddp' with a worker for each device."
             )
+        if self.placement.elastic:
+            self._check_elastic()
         if self.placement.use_gpu is False:
             # Where use_gpu is True or "auto" the same check runs again on the hardware that was found.
             check_precision(self.fit.precision, use_gpu=False)
+
+    def _check_elastic(self) -> None:
+        workers = self.placement.num_workers
+        if not self.fit.enable_checkpointing and not self.fit.fast_dev_run:
+            raise ConfigError(
+                f"Trainer(num_workers={workers}, enable_checkpointing=False): an elastic run goes on from a checkpoint "
+                "at another number of workers. Leave enable_checkpointing out, or give one number of workers."
+            )
+        if not self.fit.use_distributed_sampler:
+            raise ConfigError(
+                f"Trainer(num_workers={workers}, use_distributed_sampler=False): in an elastic run raylit shares the "
+                "samples out anew when workers come and go, so that each is seen once. Leave use_distributed_sampler "
+                "out, or give one number of workers."
+            )
+        strict = self.placement.placement_strategy
+        if strict in ("STRICT_PACK", "STRICT_SPREAD"):
+            raise ConfigError(
+                f"Trainer(num_workers={workers}, placement_strategy={strict!r}): an elastic run takes workers where "
+                f"there is room for them; use {strict.removeprefix('STRICT_')!r}, or give one number of workers."
+            )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -51,6 +73,8 @@ class TrainerConfig:
             lines.append(
                 f"num_workers=0 runs in this process, without Ray: {', '.join(unused)} {_have(unused)} no effect."
             )
+        if self.placement.elastic_batch != "keep" and not self.placement.elastic:
+            lines.append("elastic_batch has no effect: it is for num_workers=(min, max).")
         if self.fit.fast_dev_run:
             n = self.fit.fast_dev_run
             lines.append(f"fast_dev_run: {n} batch{'es' * (n > 1)} of each loader, no loggers, no checkpoints.")

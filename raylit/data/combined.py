@@ -35,6 +35,8 @@ class CombinedLoader:
         self.num_batches: int | None = max(known) if len(known) == len(lengths) else None
         self.equal_steps: bool = all(part.equal_steps for part in parts)
         self.contiguous = False
+        self.own_turns: int = max((part.own_turns for part in parts), default=1)  # of all of them
+        self.anywhere: bool = all(part.anywhere for part in parts)
         self._epoch = 0
         self._start = 0
 
@@ -108,7 +110,8 @@ class _Part:
             self.left_of_first = loader.batches_from(consumed) or 0
             if not self.left_of_first and consumed:
                 # A short last step counts as a full one, since every loader takes the same number of steps.
-                self.passes, self._start = divmod(consumed, loader.num_batches * loader.samples_per_step)
+                steps = loader.num_batches // loader.own_turns
+                self.passes, self._start = divmod(consumed, steps * loader.samples_per_step)
         # Between two passes: the next one is opened when it is asked for, as without a resume, since opening it draws.
         self._between = self.passes > 0 and self._start == 0
         self.passes -= self._between

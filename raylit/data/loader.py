@@ -48,6 +48,8 @@ class PreparedLoader(Protocol):
     num_batches: int | None  # of this rank, in a whole epoch; None if unknown
     equal_steps: bool  # every rank is known to make the same number of steps
     contiguous: bool  # each rank has one stretch of the data set, not every N-th batch of it
+    own_turns: int  # batches of this rank in a step: 1, unless it takes several shares (see ``sampler``)
+    anywhere: bool  # a position means the same at any world size, with the same shares
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """Choose what the next walk yields. Walks after it begin at the epoch's start again."""
@@ -75,6 +77,7 @@ def prepare(
     shard: bool = True,
     sharing: Sharing | None = None,
     name: str = "train_dataloader",
+    shares: int | None = None,
 ) -> PreparedLoader:
     """Prepare one loader for one rank.
 
@@ -87,6 +90,7 @@ def prepare(
         shard: False uses the loader as it is.
         sharing: how the ranks share a ``ray.data.Dataset``; None where it is not walked.
         name: the hook or argument it came from, for errors.
+        shares: parts that each step's data are cut into, for training; None: as many as ranks.
 
     Raises ``DataError`` for anything that is not a loader, is empty, or cannot be shared out.
     """
@@ -99,12 +103,12 @@ def prepare(
     _refuse_others(source, name)
     prepared: PreparedLoader
     if isinstance(source, Sequence) and shard:
-        prepared = SequenceLoader(source, rank=rank, world_size=world_size, training=training)
+        prepared = SequenceLoader(source, rank=rank, world_size=world_size, training=training, shares=shares)
     elif isinstance(source, DataLoader) and shard and not isinstance(source.dataset, IterableDataset):
-        prepared = prepare_map_style(source, rank, world_size, seed, training, name)
+        prepared = prepare_map_style(source, rank, world_size, seed, training, name, shares)
     else:
         prepared = prepare_stream(source, rank, world_size, seed, shard, name)
-    _refuse_empty(prepared, training or not shard, world_size, name)
+    _refuse_empty(prepared, training or not shard, shares or world_size, name)
     return prepared
 
 
@@ -128,19 +132,31 @@ def prepare_all(
 
 def prepare_train(
     source: Any, *, rank: int, world_size: int, seed: int, shard: bool = True, sharing: Sharing | None = None,
-    name: str = "train_dataloader",
+    name: str = "train_dataloader", shares: int | None = None, resized: bool = False,
 ) -> PreparedLoader:  # fmt: skip
     """Prepare the training loader: one, or a list, tuple or dict of them that are walked together.
 
-    Raises ``DataError`` for None and for an empty collection too.
+    ``resized``: the number of ranks may change in the middle of an epoch. Raises ``DataError`` for None, for an empty
+    collection, and, where ``resized``, for a loader whose positions mean nothing at another world size.
     """
+    prepared = _prepare_train(source, name, {"stage": "train", "rank": rank, "world_size": world_size, "seed": seed,
+                                             "shard": shard, "sharing": sharing, "shares": shares})  # fmt: skip
+    if resized and not prepared.anywhere:
+        raise DataError(
+            f"{name}: an elastic run takes up its data at any number of workers, so that no sample is seen twice or "
+            f"never. That needs a DataLoader over a map-style data set, or a sequence of batches, that raylit shares "
+            f"out (use_distributed_sampler=True); a {type(source).__name__} like this one has no such positions. Pass "
+            "such a loader, or one number of workers"
+        )
+    return prepared
+
+
+def _prepare_train(source: Any, name: str, place: dict[str, Any]) -> PreparedLoader:
     if source is None:
         raise DataError(
             f"{name}: there is no loader to train on. Define train_dataloader() on the Module or the DataModule, or "
             "pass fit(model, train_dataloaders=...)"
         )
-    place: dict[str, Any] = {"stage": "train", "rank": rank, "world_size": world_size, "seed": seed, "shard": shard,
-                             "sharing": sharing}  # fmt: skip
     if isinstance(source, Mapping):
         named = {key: prepare(part, name=f"{name}[{key!r}]", **place) for key, part in source.items()}
         _refuse_no_loaders(named, name)

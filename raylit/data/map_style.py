@@ -32,10 +32,12 @@ class MapLoader:
         self.sampler = sampler
         self.num_samples = num_samples
         self.batch_size = batch_size
-        self.samples_per_step = sampler.world_size * sampler.batch_size
+        self.samples_per_step = sampler.shares * sampler.batch_size
+        self.own_turns = len(range(sampler.rank, sampler.shares, sampler.world_size))
         self.num_batches: int | None = len(sampler)
-        self.equal_steps = sampler.length_of(0) == sampler.length_of(sampler.world_size - 1)
+        self.equal_steps = sampler.training or sampler.length_of(0) == sampler.length_of(sampler.world_size - 1)
         self.contiguous = False
+        self.anywhere = True
         self._seeds = seeds
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
@@ -73,15 +75,16 @@ class MapLoader:
 
 
 def prepare_map_style(
-    source: DataLoader[Any], rank: int, world_size: int, seed: int, training: bool, name: str
-) -> MapLoader:
+    source: DataLoader[Any], rank: int, world_size: int, seed: int, training: bool, name: str,
+    shares: int | None = None,
+) -> MapLoader:  # fmt: skip
     """Rebuild a map-style loader around raylit's sampler.
 
     The order's seed is the initial seed of the sampler's or the loader's own generator where there is one, else
     ``seed``. The user's generator itself is never advanced where there are loader workers.
     """
     own_seed = seed if source.generator is None else source.generator.initial_seed()
-    place: dict[str, Any] = {"rank": rank, "world_size": world_size, "training": training}
+    place: dict[str, Any] = {"rank": rank, "world_size": world_size, "training": training, "shares": shares}
     place["worker_seed"] = own_seed if source.num_workers > 0 else None
     batches = source.batch_sampler
     sampler: ShardedBatchSampler | ShardedItemSampler

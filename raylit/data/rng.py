@@ -17,7 +17,7 @@ from raylit.seed import get_random_state, set_random_state
 _MASK64 = 2**64 - 1
 
 # What a seed is for, so that an epoch's order and its augmentations never share a stream of random numbers.
-FOR_ORDER, FOR_BATCH, FOR_LOADER_WORKERS = 0, 1, 2
+FOR_ORDER, FOR_BATCH, FOR_LOADER_WORKERS, FOR_SHARE = 0, 1, 2, 3
 
 
 def mix_seed(*parts: int) -> int:

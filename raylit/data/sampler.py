@@ -11,6 +11,9 @@ The rule, for N workers with batch size b over n samples, from position ``start`
   another, or none; ``drop_last``: the data set is first cut to the n // b * b samples that one process would see.
 
 What comes next follows from (order, start, world size) alone, so a run resumes at any start with any world size.
+
+An elastic run keeps the size of a step while its number of workers changes: N in the rule above is then its number of
+``shares``, and of W workers worker r takes shares r, r+W, r+2W, ... of each step, one after the other.
 """
 
 from __future__ import annotations
@@ -40,38 +43,46 @@ def _tail(tail: int, rank: int, world_size: int, training: bool, drop_last: bool
 
 
 def rank_blocks(
-    n: int, batch_size: int, rank: int, world_size: int, start: int = 0, training: bool = True, drop_last: bool = False
-) -> Iterator[tuple[int, int]]:
+    n: int, batch_size: int, rank: int, world_size: int, start: int = 0, training: bool = True, drop_last: bool = False,
+    shares: int | None = None,
+) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Yield one rank's blocks as (first, past the last) positions of the epoch's order.
 
     Args:
         n: samples in the epoch's order, over all ranks.
-        batch_size: samples a rank takes in a full step.
+        batch_size: samples of a block in a full step.
         rank: from 0.
         world_size: number of ranks.
         start: samples already consumed by all ranks together; it may come from a run with another world size.
         training: equal steps on every rank, against every sample exactly once.
         drop_last: see the head of this file.
+        shares: blocks of a step; None: one for each rank. At least ``world_size``.
     """
+    shares = world_size if shares is None else shares
     remaining = _usable(n, batch_size, start, training, drop_last)
-    step = world_size * batch_size
+    step = shares * batch_size
     steps, tail = divmod(remaining, step)
-    first = start + rank * batch_size
+    mine = range(rank, shares, world_size)
+    first = start
     for _ in range(steps):
-        yield first, first + batch_size
+        for share in mine:
+            yield first + share * batch_size, first + (share + 1) * batch_size
         first += step
-    offset, length = _tail(tail, rank, world_size, training, drop_last)
-    if length:
-        first = start + steps * step + offset
-        yield first, first + length
+    for share in mine:
+        offset, length = _tail(tail, share, shares, training, drop_last)
+        if length:
+            yield first + offset, first + offset + length
 
 
 def num_blocks(
-    n: int, batch_size: int, rank: int, world_size: int, start: int = 0, training: bool = True, drop_last: bool = False
-) -> int:
+    n: int, batch_size: int, rank: int, world_size: int, start: int = 0, training: bool = True, drop_last: bool = False,
+    shares: int | None = None,
+) -> int:  # fmt: skip
     """Return how many blocks ``rank_blocks`` yields, without walking them."""
-    steps, tail = divmod(_usable(n, batch_size, start, training, drop_last), world_size * batch_size)
-    return steps + (_tail(tail, rank, world_size, training, drop_last)[1] > 0)
+    shares = world_size if shares is None else shares
+    steps, tail = divmod(_usable(n, batch_size, start, training, drop_last), shares * batch_size)
+    mine = range(rank, shares, world_size)
+    return steps * len(mine) + sum(_tail(tail, share, shares, training, drop_last)[1] > 0 for share in mine)
 
 
 class IndexBatch(list[Any]):
@@ -110,6 +121,7 @@ class _Sharded(Sampler[Any]):
         training: bool,
         drop_last: bool = False,
         worker_seed: int | None = None,
+        shares: int | None = None,
     ) -> None:
         """``worker_seed``: seed of the batches' random states in loader workers; None: there are none."""
         self.order = order
@@ -118,6 +130,7 @@ class _Sharded(Sampler[Any]):
         self.world_size = world_size
         self.training = training
         self.drop_last = drop_last
+        self.shares = world_size if shares is None else shares
         self.epoch = 0
         self.start_sample = 0  # applies to the next walk only
         self._worker_seed = worker_seed
@@ -129,12 +142,12 @@ class _Sharded(Sampler[Any]):
 
     def length_from(self, start: int) -> int:
         """Batches this rank yields from position ``start`` to the epoch's end."""
-        rule = (self.rank, self.world_size, start, self.training, self.drop_last)
+        rule = (self.rank, self.world_size, start, self.training, self.drop_last, self.shares)
         return num_blocks(len(self.order), self.batch_size, *rule)
 
     def length_of(self, rank: int) -> int:
         """Batches that ``rank`` yields in a whole epoch."""
-        rule = (rank, self.world_size, 0, self.training, self.drop_last)
+        rule = (rank, self.world_size, 0, self.training, self.drop_last, self.shares)
         return num_blocks(len(self.order), self.batch_size, *rule)
 
     def __len__(self) -> int:
@@ -148,7 +161,7 @@ class _Sharded(Sampler[Any]):
     def _walk(self, epoch: int, start: int) -> Iterator[Any]:
         self.start_sample = 0
         items = self.order.draw(epoch)
-        rule = (self.rank, self.world_size, start, self.training, self.drop_last)
+        rule = (self.rank, self.world_size, start, self.training, self.drop_last, self.shares)
         for first, last in rank_blocks(len(items), self.batch_size, *rule):
             yield self._pick(list(items[first:last]), epoch, first)
 

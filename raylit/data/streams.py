@@ -40,8 +40,10 @@ class StreamLoader:
         self.source = source
         self.batch_size = batch_size
         self.samples_per_step = world_size * (batch_size or 1)  # in batches where the batch size is not known
+        self.own_turns = 1
         self.equal_steps = world_size == 1
         self.contiguous = False
+        self.anywhere = False
         self.num_batches = _length(batches)
         self.num_samples = _num_samples(batches) if world_size == 1 else None
         self._batches = batches
@@ -160,17 +162,20 @@ class WorkerSeeds:
 class SequenceLoader:
     """A sequence whose items are batches: rank r takes batches r, r+N, r+2N, ... Positions count batches."""
 
-    def __init__(self, source: Sequence[Any], *, rank: int, world_size: int, training: bool) -> None:
+    def __init__(self, source: Sequence[Any], *, rank: int, world_size: int, training: bool,
+                 shares: int | None = None) -> None:  # fmt: skip
         self.source = source
         self.batch_size: int | None = None
         self.num_samples: int | None = None
-        self.samples_per_step = world_size
+        self.samples_per_step = self._shares = world_size if shares is None else shares
+        self.own_turns = len(range(rank, self._shares, world_size))
         self._rule = (rank, world_size)
         self._training = training
         self._start = 0
         self.num_batches: int | None = self.batches_from(0)
         self.equal_steps = training or len(source) % world_size == 0
         self.contiguous = False
+        self.anywhere = True
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """The next walk begins at batch ``start_sample``; the order is the same in each epoch."""
@@ -178,7 +183,7 @@ class SequenceLoader:
 
     def batches_from(self, start_sample: int) -> int:
         """Batches from batch ``start_sample`` to the epoch's end, on this rank."""
-        return num_blocks(len(self.source), 1, *self._rule, start_sample, self._training)
+        return num_blocks(len(self.source), 1, *self._rule, start_sample, self._training, shares=self._shares)
 
     def state_dict(self) -> dict[str, Any]:
         """The position says it all."""
@@ -189,7 +194,7 @@ class SequenceLoader:
 
     def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0
-        blocks = rank_blocks(len(self.source), 1, *self._rule, start, self._training)
+        blocks = rank_blocks(len(self.source), 1, *self._rule, start, self._training, shares=self._shares)
         return (self.source[first] for first, _ in blocks)
 
 

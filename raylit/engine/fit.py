@@ -51,8 +51,9 @@ from raylit.engine.replay import replay
 from raylit.engine.resume import Position, restore, take, weights_mark
 from raylit.engine.schedules import Schedules
 from raylit.engine.step import TrainBatch
-from raylit.engine.walk import NOTHING, Walk
-from raylit.errors import DataError, OptimizerError
+from raylit.engine.turns import Turns
+from raylit.engine.walk import IDLE, NOTHING, Walk
+from raylit.errors import CheckpointError, DataError, OptimizerError
 from raylit.metrics.place import BATCH_TRAIN, EPOCH_TRAIN, NO_EPOCH
 from raylit.optim.plan import OptimPlan, parse_optimizers
 from raylit.ports import Collective, LoaderLike, RunSnapshot
@@ -68,6 +69,7 @@ class Fit:
     def __init__(self, parts: Parts, handle: ModuleHandle) -> None:
         self._parts, self._handle = parts, handle
         self._several = parts.state.world.world_size > 1
+        self._turns = parts.state.world.turns  # batches of a step, one after the other: 1, but in elastic runs
         self._validation = Evaluation(parts, Loop.VALIDATION)
         self._sanity = Evaluation(parts, Loop.SANITY)
         self._val_loaders: list[LoaderLike] = []
@@ -201,11 +203,19 @@ class Fit:
 
     def _take_up(self, saved: Saved) -> None:
         """Go on from a checkpoint: at an epoch's start at once, within one when its loader is opened."""
-        position = Position.of(saved, len(self.plan.optimizers))
+        position, world, before = Position.of(saved, len(self.plan.optimizers)), self._parts.state.world, saved.turns
+        ranks = saved.extra.get("world_size", world.world_size)
+        if not saved.same_ranks or saved.extra.get("shares", ranks) != world.shares_of_a_step:
+            if position.batches % before:
+                raise CheckpointError(
+                    f"the checkpoint was taken by a hook between the {before} turns of a step of an elastic run: only "
+                    f"{saved.extra.get('world_size')} workers can go on from it"
+                )
+            if position.batches:  # in this run's batches, of other sizes
+                position.batches = -(-position.samples // self._loader.samples_per_step) * self._turns
+            position.total_batches = position.total_batches // before * self._turns
         self._batches_done, self._schedules.steps_of = position.total_batches, position.steps_of
         self._train.groups_done, self._train.stepped = position.groups, position.stepped
-        if position.batches and not saved.same_ranks:  # in this run's batches, of other sizes
-            position.batches = -(-position.samples // self._loader.samples_per_step)
         if position.batches:
             self._half = position
             return
@@ -222,7 +232,7 @@ class Fit:
     def _open(self, half: Position | None) -> Walk:
         """Open the epoch's loader; for a half-done epoch, put everything as it was at this point."""
         parts = self._parts
-        self._cut, self._walk = False, Walk(self._loader, self._total, self._known, self._agreeing)
+        self._cut, self._walk = False, self._new_walk()
         if half is None:
             self._walk.open(parts.state.epoch)
             return self._walk
@@ -233,6 +243,8 @@ class Fit:
         else:
             ahead = (parts.saved.own or {}).get("next_batch")
             self._walk.open(parts.state.epoch, half.batches, half.samples, NOTHING if ahead is None else ahead["value"])
+        if parts.saved.own is None or "random" not in parts.saved.own:
+            self._walk.reseed_hooks(half.batches)
         restore(self, parts.saved)  # now: making the iterator has drawn random numbers
         self._train.stepped, self._cut = half.stepped, half.complete
         parts.state.batch_idx, parts.metrics.place = half.batches - 1, BATCH_TRAIN
@@ -254,6 +266,13 @@ class Fit:
                 "optimizer_idx. Add it: training_step(self, batch, batch_idx, optimizer_idx); or set "
                 "automatic_optimization = False and step them yourself (manual optimisation)."
             )
+        if automatic and len(plan.optimizers) > 1 and not plan.frequencies and parts.state.world.shares is not None:
+            raise OptimizerError(
+                f"configure_optimizers returned {len(plan.optimizers)} optimizers for each batch, and this run is "
+                "elastic: a worker takes several batches of a step one after the other, so the second optimizer's "
+                "passes would not all see what the first one's step changed. Give frequencies, one number of workers, "
+                "or elastic_batch='scale'."
+            )
         parts.state.optimizers = list(plan.optimizers)
         parts.state.lr_schedulers = [scheduler.scheduler for scheduler in plan.schedulers]
         parts.state.lr_scheduler_configs = list(plan.schedulers)
@@ -274,16 +293,22 @@ class Fit:
         settings = self._parts.settings
         self._ask_for_loader()
         steps = -1 if settings.step_limit is None else settings.step_limit
-        return stepping_batches(self._total, settings.epoch_limit, steps, settings.accumulation_at)
+        group = settings.accumulation_at
+        return stepping_batches(self._total, settings.epoch_limit, steps, lambda epoch: group(epoch) * self._turns)
 
     def _set_length(self) -> None:
-        settings, state = self._parts.settings, self._parts.state
-        self._total = batches(settings.train_batch_limit, self._loader.num_batches, "limit_train_batches")
+        settings, state, turns = self._parts.settings, self._parts.state, self._turns
+        # What the Trainer's arguments count as a batch is a step's data, whatever the number of workers.
+        own = self._loader.num_batches
+        steps = None if own is None else own // self._loader.own_turns
+        limited = batches(settings.train_batch_limit, steps, "limit_train_batches")
+        self._total = None if limited is None else limited * turns
         # An unknown length under a limit may turn out shorter: then the end must be looked for.
         self._known = self._loader.num_batches is not None and self._loader.equal_steps
-        known = self._total if self._known else None
+        known = limited if self._known else None
         if self._total != 0:
-            self._interval = resolve_val_interval(settings.val_check_interval, known, settings.check_val_every_n_epoch)
+            every = resolve_val_interval(settings.val_check_interval, known, settings.check_val_every_n_epoch)
+            self._interval = None if every is None else every * turns
         state.num_training_batches = total_or_inf(self._total)
 
     @property
@@ -397,15 +422,16 @@ class Fit:
         parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
         train, transfer, output = self._train, parts.transfer, parts.output
         batch_start, batch_end, validation = self._batch_start, self._batch_end, self._validation
-        accumulate = parts.settings.accumulation_at(state.epoch)
-        train.begin_epoch(accumulate)
+        train.begin_epoch(parts.settings.accumulation_at(state.epoch))
+        accumulate = train.accumulate
+        turns = Turns(self._turns, metrics) if self._turns > 1 else None
         self._handle.begin_epoch()
         manual, splits = not parts.module.automatic_optimization, bool(self._split_size())
         log_every = parts.settings.log_every_n_steps if output.wants_steps else 0
         refresh = Refresh(output.refresh_s) if output.refresh_s != float("inf") else None
         validate = bool(self._val_loaders) and validation.possible and parts.settings.val_batch_limit != 0
         schedules = self._schedules if self._schedules.by_step else None
-        poll = 1 if not self._several else _STOP_POLL_BATCHES
+        poll = self._turns * (1 if not self._several else _STOP_POLL_BATCHES)
         timed = self._deadline is not None
         half, self._half = self._half, None
         walk, checkpointer, notices = self._open(half), parts.checkpointer, self._notices
@@ -415,18 +441,24 @@ class Fit:
         for batch_idx, batch in walk if not self._stop_now else ():
             last = batch_idx == final or walk.ended
             state.batch_idx = batch_idx
-            if transfer is not None:
-                batch = transfer(batch, 0)
-            metrics.set_batch(batch)
-            metrics.place = BATCH_TRAIN
-            if batch_start is not None and batch_start(batch, batch_idx, 0) == -1:
-                train.drop_group()
-                self._cut = True
-                break
             done = last or (batch_idx + 1) % accumulate == 0
-            if manual:
-                self._handle.batch_starts(done)
-            collected = train.run(batch, batch_idx, done)
+            if batch is IDLE:
+                collected = None
+                train.idle(done)
+            else:
+                if transfer is not None:
+                    batch = transfer(batch, 0)
+                metrics.set_batch(batch)
+                if turns is not None:
+                    turns.begin()
+                metrics.place = BATCH_TRAIN
+                if batch_start is not None and batch_start(batch, batch_idx, 0) == -1:
+                    train.drop_group()
+                    self._cut = True
+                    break
+                if manual:
+                    self._handle.batch_starts(done)
+                collected = train.run(batch, batch_idx, done)
             if splits:
                 metrics.finish_splits()
             stepped = train.stepped
@@ -442,6 +474,13 @@ class Fit:
                     outputs.add(collected)
                 if batch_end is not None:
                     batch_end(batch_result(collected, splits), batch, batch_idx, 0)
+            if turns is not None:
+                if batch is not IDLE:
+                    turns.end()
+                if not turns.step_done(batch_idx):
+                    continue
+            if walk.reseeds:
+                walk.reseed_hooks(batch_idx + 1)
             if log_every and stepped and state.global_step % log_every == 0:
                 self._log_step()
             if refresh is not None and refresh.due():
@@ -483,9 +522,13 @@ class Fit:
 
     def _epoch_batches(self) -> Iterator[tuple[int, Any]]:
         """All batches of an epoch with their index, for whoever passes over them once more."""
-        walk = Walk(self._loader, self._total, self._known, self._agreeing)
+        walk = self._new_walk()
         walk.open(self._parts.state.epoch)
-        return iter(walk)
+        return ((index, batch) for index, batch in walk if batch is not IDLE)
+
+    def _new_walk(self) -> Walk:
+        parts = self._parts
+        return Walk(self._loader, self._total, self._known, self._agreeing, parts.state.world, parts.reseed)
 
     def _validation_due(self, batch_idx: int, last: bool) -> bool:
         every = self._parts.settings.check_val_every_n_epoch

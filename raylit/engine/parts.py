@@ -49,8 +49,14 @@ class Saved:
     """A loaded checkpoint, as one rank goes on from it."""
 
     common: dict[str, Any]
-    own: dict[str, Any] | None = None  # None: none was saved, or by another number of ranks
+    own: dict[str, Any] | None = None  # None: none was saved. By another number of ranks: what can be taken over
     same_ranks: bool = True
+
+    @property
+    def turns(self) -> int:
+        """Batches of a step in the run that saved it; see ``walk``."""
+        ranks = int(self.extra.get("world_size", 1))
+        return -(-int(self.extra.get("shares", ranks)) // ranks)
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -91,6 +97,8 @@ class Parts:
     checkpointer: Checkpointer | None = None
     # who hears of nodes that will be taken away; None where nobody does
     notices: Notices | None = None
+    # elastic runs: seeds this process for (epoch, step of the epoch, share of its data)
+    reseed: Callable[[int, int, int], None] | None = None
     # the state at the end is wanted
     keeps_last: bool = False
     # each submodule's mode before the evaluation that runs

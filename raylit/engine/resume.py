@@ -78,6 +78,7 @@ def take(fit: Fit, *, at_safe_point: bool, weights_only: bool = False) -> RunSna
     first = state.world.global_rank == 0
     extra: dict[str, Any] = {
         "world_size": state.world.world_size,
+        "shares": state.world.shares_of_a_step,
         "order_seed": parts.order_seed,
         "precision": to_cpu(parts.precision.state_dict()),
         "frozen": [name for name, parameter in parts.module.named_parameters() if not parameter.requires_grad],
@@ -183,7 +184,8 @@ def restore(fit: Fit, saved: Saved) -> None:
     if own is not None:
         _restore_own(fit, own)
     if own is None or "random" not in own:
-        if extra:  # another number of ranks: streams of their own, not those of the run's first steps again
+        # Another number of ranks: streams of their own, not those of the run's first steps again.
+        if extra and parts.reseed is None:
             seed_everything((int(extra["order_seed"]) + 7919 * state.global_step + state.world.global_rank) % 2**32)
         return
     ranks.set_random(own["random"], state.device)
@@ -195,9 +197,10 @@ def _restore_own(fit: Fit, own: Mapping[str, Any]) -> None:
         gradient: Tensor | None = own["gradients"].get(name)
         parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
     fit.train.load_group_state(own["group"])
-    if "random" not in own:
-        return  # of another number of ranks: gradients are all that can be taken over
-    parts.strategy.load_group_state(own["strategy"])
+    if "shown" not in own:
+        return
+    if "strategy" in own:  # of as many ranks
+        parts.strategy.load_group_state(own["strategy"])
     state.measured.clear()
     state.measured.update(own.get("measured", {}))
     shown = ranks.put_back(own["shown"], state.device)
@@ -205,9 +208,11 @@ def _restore_own(fit: Fit, own: Mapping[str, Any]) -> None:
                          (state.progress_bar_metrics, "bar")):  # fmt: skip
         mine.clear()
         mine.update(shown[theirs])
-    if own["metrics"] is not None:
+    if own.get("metrics") is not None:
         parts.metrics.load_state_dict(own["metrics"])
-    if own["outputs"] is not None and fit.outputs is not None:
+    elif own.get("metrics_of") is not None:
+        parts.metrics.take_over(own["metrics_of"], own["metrics_example"])
+    if own.get("outputs") is not None and fit.outputs is not None:
         fit.outputs.load_state(ranks.put_back(own["outputs"], state.device))
     with torch.no_grad():
         for name, buffer in parts.module.named_buffers():

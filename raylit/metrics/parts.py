@@ -1,7 +1,8 @@
 """What the parts of one batch log, where the batch is split over devices (``dp``). Worker side.
 
 An epoch's value takes each part's with the part's own size, and needs nothing here. A step has one value: it is made of
-the parts' values here, as the key's reduction says, a mean weighted by the parts' sizes.
+the parts' values here, as the key's reduction says, a mean weighted by the parts' sizes. The batches that a worker of
+an elastic run takes one after the other in one step are such parts too.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ class PartsLog:
     """The step values of one batch's parts. ``begin`` and ``end`` stand around each part, ``finish`` behind all."""
 
     def __init__(
-        self, slots: Mapping[str, Slot], size: int | None, set_size: Callable[[int | None], None]
+        self, slots: Mapping[str, Slot], size: int | None, set_size: Callable[[int | None], None],
+        shares: bool = False,
     ) -> None:  # fmt: skip
-        self._slots, self._set_size = slots, set_size
+        """``shares``: each part is what a worker of its own would have logged, had there been enough of them."""
+        self._slots, self._set_size, self._shares = slots, set_size, shares
         self._size = size  # samples of the whole batch
         self._before: dict[str, Any] = {}  # each key's value of an earlier batch
         self._values: dict[str, list[tuple[Any, int | None]]] = {}
@@ -57,7 +60,9 @@ class PartsLog:
         self._set_size(self._size)
         for key, slot in self._slots.items():
             values = self._values.get(key)
-            slot.last = _combined(slot, values) if values else self._before.get(key)
+            slot.last = _combined(slot, values, self._shares) if values else self._before.get(key)
+            if self._shares and values:
+                slot.parts = len(values)
             slot.pending_size = self._given.get(key, self._pending.get(key, (0, None))[1])
             added = self._added.get(key)
             if added is not None:
@@ -67,7 +72,7 @@ class PartsLog:
                 slot.pending += [_combined(slot, row) for row in rows]
 
 
-def _combined(slot: Slot, values: list[tuple[Any, int | None]]) -> Any:
+def _combined(slot: Slot, values: list[tuple[Any, int | None]], shares: bool = False) -> Any:
     """Return the parts' values as one: a number of the kind that was logged."""
     if len(values) == 1:
         return values[0][0]
@@ -76,7 +81,8 @@ def _combined(slot: Slot, values: list[tuple[Any, int | None]]) -> Any:
     stacked = torch.stack([torch.as_tensor(value, device=device) for value, _ in values])
     if not stacked.is_floating_point():
         stacked = stacked.to(torch.float64)
-    op = slot.settings.op
+    # Shares of several workers come together as sync_dist says, where it was asked for.
+    op = slot.settings.sync_op if shares and slot.settings.sync_op else slot.settings.op
     if op in ("sum", "min", "max"):
         return reduce_stacked(op, None, stacked)
     # Of a callable or a torchmetrics object too: what they would give for the batch cannot be had from the parts'.

@@ -170,6 +170,23 @@ class Running:
             part = stacked.amax()
             self.parts[device] = part if before is None else torch.maximum(before, part)
 
+    def absorb(self, other: Running) -> None:
+        """Take the values of another worker's too, which goes on with none."""
+        self.fold()
+        other.fold()
+        self.weight += other.weight
+        self.count += other.count
+        self.kept += other.kept
+        if self.op in ("mean", "sum"):
+            self.host += other.host
+        elif self.op in ("min", "max"):
+            sign = 1 if self.op == "min" else -1
+            self.host = sign * _smallest([sign * self.host, sign * other.host])
+        combine = {"min": torch.minimum, "max": torch.maximum}.get(self.op, torch.add)
+        for device, part in other.parts.items():
+            mine = self.parts.get(device)
+            self.parts[device] = part if mine is None else combine(mine, part)
+
     def total(self, device: torch.device) -> Tensor:
         """Return sum (weighted, for a mean), min or max of all values as a new 0-d tensor on ``device``."""
         total = torch.full((), self.host, dtype=accumulation_dtype(device), device=device)

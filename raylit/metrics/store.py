@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,13 @@ from raylit.metrics.parts import PartsLog
 from raylit.metrics.place import NO_EPOCH, Place
 from raylit.metrics.reduce import CHUNK, parse_reduction
 from raylit.metrics.slot import Metrics, Settings, Slot, call_site, key_names
-from raylit.metrics.torchmetric import batch_value, is_metric, load_metric_states, metric_states
+from raylit.metrics.torchmetric import (
+    batch_value,
+    is_metric,
+    join_metric_states,
+    load_metric_states,
+    metric_states,
+)
 
 if TYPE_CHECKING:
     from raylit.ports import Collective
@@ -106,6 +112,10 @@ class MetricStore:
         if self._size is None:
             self._measure()
         return PartsLog(self._frames[-1].slots, self._size, self._set_size)
+
+    def begin_turns(self) -> PartsLog:
+        """Return what takes the logged values of a step's turns (elastic runs), until its ``finish``."""
+        return PartsLog(self._frames[-1].slots, None, lambda size: None, shares=True)
 
     def _set_size(self, size: int | None) -> None:
         self._size = size
@@ -233,6 +243,47 @@ class MetricStore:
                 frame.settled = {key: Reduced(Entry(key, suffix, Settings(*settings), *rest), value)
                                  for (key, suffix, settings, *rest), value in saved["settled"]}  # fmt: skip
             self._frames.append(frame)
+
+    def take_over(self, states: Sequence[Mapping[str, Any]], example: Mapping[str, Any]) -> None:
+        """Put the open loops back where the ranks are others than those that saved them.
+
+        ``states``: of the ranks whose place this one takes, as ``state_dict`` returned them; none for one that is new.
+        ``example``: any rank's, for a new one to know the keys.
+        """
+        self.load_state_dict(states[0] if states else example)
+        if not states:
+            for frame in self._frames:
+                frame.batches = frame.sized = frame.samples = 0
+                for slot in frame.slots.values():
+                    slot.forget()
+                    if slot.metric is not None:
+                        slot.metric.reset()
+        for index, frame in enumerate(self._frames):
+            others = [state["frames"][index] for state in states[1:]]
+            for other in others:
+                frame.batches += other["batches"]
+                frame.sized += other["sized"]
+                frame.samples += other["samples"]
+                for saved in other["slots"]:
+                    slot = Slot.from_state(saved, self._device)
+                    frame.slots.setdefault(slot.key, slot)
+                    if frame.slots[slot.key] is not slot:
+                        frame.slots[slot.key].absorb(slot)
+            for slot in frame.slots.values():
+                slot.parts = 1
+            for slot in frame.slots.values() if others else ():
+                if slot.metric is not None:
+                    self._join_metric(slot, [state["frames"][index] for state in states])
+
+    def _join_metric(self, slot: Slot, frames: Sequence[Mapping[str, Any]]) -> None:
+        found = [saved["metric_states"] for frame in frames for saved in frame["slots"] if saved["key"] == slot.key]
+        joined = join_metric_states(slot.metric, found)
+        if joined is not None:
+            load_metric_states(slot.metric, joined)
+        else:
+            warnings.warn(f"log({slot.key!r}): {type(slot.metric).__name__} cannot join the states of several workers, "
+                          "and there are fewer now: this epoch's value lacks what some of them had seen.",
+                          stacklevel=2)  # fmt: skip
 
     # -- called by Module.log ------------------------------------------------------------------------------------------
 

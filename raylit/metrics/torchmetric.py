@@ -59,6 +59,28 @@ def load_metric_states(metric: Any, states: list[dict[str, Any]]) -> None:
         part._computed = None
 
 
+def join_metric_states(metric: Any, gathered: list[list[dict[str, Any]]]) -> list[dict[str, Any]] | None:
+    """Return the states of several ranks as those of one that goes on; None where they cannot be joined.
+
+    Sums, minima, maxima and collected values can; a state that is reduced in another way cannot be updated afterwards.
+    """
+    joined = []
+    for index, part in enumerate(_parts(metric)):
+        states = {}
+        for attribute, reduction in part._reductions.items():
+            if getattr(reduction, "__name__", "") not in _JOINED:
+                return None
+            values = [rank[index]["states"][attribute] for rank in gathered]
+            merged = _merge(part.device, reduction, values)
+            listed = isinstance(values[0], list)
+            states[attribute] = [merged] if listed and isinstance(merged, Tensor) else merged
+        joined.append({"states": states, "updates": sum(rank[index]["updates"] for rank in gathered)})
+    return joined
+
+
+_JOINED = ("dim_zero_sum", "dim_zero_cat", "dim_zero_min", "dim_zero_max")
+
+
 def _on(device: Any, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)

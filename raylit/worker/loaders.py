@@ -38,11 +38,12 @@ class Loaders:
 
     ``sharing``, ``cpus``: how the workers share a ``ray.data.Dataset``, and the CPUs that are there for its tasks,
     where that is known. ``validates_within``: a validation may come before the training data are read to their end.
+    ``resized``: the number of workers may change in the middle of an epoch.
     """
 
     def __init__(self, given: dict[str, Any], module: Module, datamodule: DataModule | None, world: World, seed: int,
                  shard: bool, overfit: bool, sharing: Sharing | None = None, cpus: ClusterCpus | None = None,
-                 validates_within: bool = False) -> None:  # fmt: skip
+                 validates_within: bool = False, resized: bool = False) -> None:  # fmt: skip
         self._cpus, self._beside, self._train_source = cpus, validates_within, None
         self._given, self._module, self._datamodule = given, module, datamodule
         self._place: dict[str, Any] = {
@@ -50,6 +51,7 @@ class Loaders:
             "sharing": sharing,
         }  # fmt: skip
         self._overfit = overfit
+        self._elastic: dict[str, Any] = {"shares": world.shares, "resized": resized}
 
     def train(self) -> LoaderLike:
         """The training loader of this rank."""
@@ -58,7 +60,7 @@ class Loaders:
             source = in_order(source)
         self._train_source = source
         check_cpus(cpus_to_read(source, None, beside=False), self._cpus)
-        return cast(LoaderLike, prepare_train(source, name=name, **self._place))
+        return cast(LoaderLike, prepare_train(source, name=name, **self._place, **self._elastic))
 
     def evaluation(self, stage: str) -> list[LoaderLike]:
         """The loaders of an evaluation; under ``overfit_batches`` validation sees the training batches."""
