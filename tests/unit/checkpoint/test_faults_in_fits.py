@@ -30,7 +30,7 @@ from tests.unit.checkpoint.faulty import Handler, Memory, no_permission
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
-    import errno, json, os, sys, time, warnings
+    import errno, json, os, sys, threading, time, warnings
     import torch
     from torch.utils.data import DataLoader, TensorDataset
     import raylit
@@ -70,6 +70,8 @@ SCRIPT = """
                     except OSError as error:
                         assert error.errno == errno.ENOSPC
             if trainer.global_step == 14:
+                while any(thread.name == "raylit-checkpoint" for thread in threading.enumerate()):
+                    time.sleep(0.01)  # the one of step 12 has found the disk full, too
                 found["while full"] = [[each.step, store.faults(each)] for each in store.manifests()]
                 found["no manifest"] = [each.name for each in store.survey() if each.manifest is None]
                 os.unlink(filler)
