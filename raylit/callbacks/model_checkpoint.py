@@ -153,6 +153,8 @@ class ModelCheckpoint(Callback):
         self._before: tuple[str, Tensor | None] = ("", None)  # the best of the run that this one goes on from
         self.kth_value = None
         self.current_score = None
+        self.asked_step = -1  # at which it last asked for a checkpoint
+        self.owed = False  # its metric was not of that state's weights: the next one where it is, is ranked
 
     # -- names ---------------------------------------------------------------------------------------------------
     def format_checkpoint_name(self, metrics: Mapping[str, Any], filename: str | None = None,
@@ -192,13 +194,17 @@ class ModelCheckpoint(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is kept; the checkpoint that this goes into counts as written."""
-        return {name: getattr(self, name) for name in self._told}
+        state = {name: getattr(self, name) for name in self._told}
+        if self._told and (self.when.every_n_steps or self.when.every_s):  # else it never asks between measurements
+            state["asked"] = [self.asked_step, self.owed]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remember another run's best, until there is one of this run; its files are not touched.
+        """Take up the rhythm where it was, and remember another run's best until there is one of this run.
 
-        In a run that goes on in its own folder, what lies there counts, and this changes nothing.
+        That one's files are not touched. In a run that goes on in its own folder, what lies there counts.
         """
+        self.asked_step, self.owed = state.get("asked", (-1, False))
         if not self.best_model_path and state.get("best_model_path"):
             self._before = (state["best_model_path"], state.get("best_model_score"))
             self.best_model_path, self.best_model_score = self._before

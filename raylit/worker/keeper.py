@@ -50,8 +50,6 @@ class _Keeping:
     kept: Kept = field(default_factory=Kept)
     before: Kept = field(default_factory=Kept)  # kept, until the save in flight is done
     taken: set[str] = field(default_factory=set)  # names in use
-    last_step: int = -1  # of the last time that it asked by steps
-    owed: bool = False  # it asked while its metric was not of these weights
     saved: tuple[State, str] | None = None  # the last one
     spare: str | None = None  # kept for a notice alone: goes once a later state is whole
     due_at: float = 0.0  # by time, on this rank's clock
@@ -177,14 +175,14 @@ class CheckpointKeeper:
         for index, keeping in enumerate(self._kept):
             when, monitor = keeping.callback.when, keeping.callback.monitor
             measured = monitor is not None and state.measured.get(monitor, _NOT)[0] == state.global_step
-            wants = due(when, Moment(point, state.global_step, epoch, over, measured), keeping.last_step)
+            wants = due(when, Moment(point, state.global_step, epoch, over, measured), keeping.callback.asked_step)
             if point is SafePoint.EPOCH and when.least_s:
                 wants = wants and by_time[index]
             elif point in _ENDS:
                 wants = keeping.callback.rules.save_last is not False  # else this state was not asked for
             elif when.every_s and point is not SafePoint.EPOCH:
                 wants = wants or by_time[index]
-            if wants or (keeping.owed and measured and (point is SafePoint.EPOCH or not over)):
+            if wants or (keeping.callback.owed and measured and (point is SafePoint.EPOCH or not over)):
                 asking.append(keeping)
         return asking
 
@@ -268,11 +266,12 @@ class CheckpointKeeper:
     def _save(self, point: SafePoint, asking: list[_Keeping], take: Callable[[], RunSnapshot]) -> None:
         metrics, here = self._measure(point, asking), self._here(point)
         for keeping in asking if point is not SafePoint.PREEMPTION else ():  # which changes no rhythm
+            callback, rules = keeping.callback, keeping.callback.rules
             if point not in _ENDS:
-                keeping.last_step, keeping.due_at = self._state.global_step, self._now() + keeping.pause_s
-            rules, score = keeping.callback.rules, metrics.get(keeping.callback.monitor or "")
-            keeping.owed = rules.ranked and rules.top_k > 0 and score is None and point is not SafePoint.EPOCH
-            keeping.callback.saw(score)
+                callback.asked_step, keeping.due_at = self._state.global_step, self._now() + keeping.pause_s
+            score = metrics.get(callback.monitor or "")
+            callback.owed = rules.ranked and rules.top_k > 0 and score is None and point is not SafePoint.EPOCH
+            callback.saw(score)
         chosen = [self._decide(each, point, here, metrics) for each in asking]
         if not any(decision.save for decision, _ in chosen):
             return

@@ -73,19 +73,24 @@ def test_ranks_decide_alike_and_each_writes_its_part(two: Processes, tmp_path: P
     assert [each.step for each in there if each.name.startswith("t-")] == [20]  # the clock is asked every 20 batches
 
 
-def test_an_attempt_that_ended_goes_on_to_the_bit(two: Processes, tmp_path: Path) -> None:
-    callbacks = [{"every_n_train_steps": 4, "monitor": "val", "save_last": True}]
+# At step 10 nothing is owed; at 5 the state of step 4 was not measured yet, and the next one that is must be ranked.
+@pytest.mark.parametrize(("dies_at", "from_step"), [(10, 8), (5, 4)])
+def test_an_attempt_that_ended_goes_on_to_the_bit(
+    two: Processes, tmp_path: Path, dies_at: int, from_step: int
+) -> None:
+    callbacks = [{"every_n_train_steps": 4, "monitor": "val", "save_last": True, "save_top_k": 9}]
     given = {"max_epochs": 3, "accumulate_grad_batches": 1}
     whole = two(case, str(tmp_path / "whole"), callbacks, given)
     with pytest.raises(RankFailed, match="the end of this attempt"):
-        two(case, str(tmp_path / "one"), callbacks, given, 10)
-    assert [each.step for each in Store(Folder(str(tmp_path / "one" / "checkpoints"))).manifests()][-1] == 8
+        two(case, str(tmp_path / "one"), callbacks, given, dies_at)
+    assert [each.step for each in Store(Folder(str(tmp_path / "one" / "checkpoints"))).manifests()][-1] == from_step
     again = two(case, str(tmp_path / "one"), callbacks, given)
     for before, after in zip(whole, again):
         assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
-    assert any(text.startswith("going on from step 8") for text in again[0][2])
+    assert any(text.startswith(f"going on from step {from_step}:") for text in again[0][2])
     paths = [{name: str(value).replace("/whole/", "/one/") for name, value in each[1][0].items()} for each in whole]
     assert paths == [{name: str(value) for name, value in each[1][0].items()} for each in again]
+    assert sorted(os.listdir(tmp_path / "one" / "checkpoints")) == sorted(os.listdir(tmp_path / "whole" / "checkpoints"))
 
 
 def full_case(rank: int, world_size: int, storage: str) -> Any:
