@@ -33,6 +33,11 @@ class Job:
     manifest: Manifest  # without its files
     obsolete: tuple[str, ...] = ()  # deleted once this one is whole
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its place, the same on every rank."""
+        return (self.store.folder.path, self.manifest.name)
+
 
 @dataclass
 class Outcome:
@@ -53,6 +58,9 @@ class Writer:
         self.attempt = ""  # the same on all ranks, and another after a restart: what a killed rank left is not read
         self._thread: threading.Thread | None = None
         self._outcomes: list[Outcome] = []
+        # On rank 0, of the save in flight: jobs that another rank said it failed in, by their keys, and why. For what
+        # is told otherwise than through the storage; the thread looks at it while it waits.
+        self.lost: dict[tuple[str, str], str] = {}
         self.failed: Outcome | None = None  # of the save in flight; read without a lock
 
     @property
@@ -65,7 +73,7 @@ class Writer:
         if self._thread is not None:
             raise CheckpointError("a save is in flight: wait() for it first")
         pending = [snapshot]  # handed over: the copy goes when it is written
-        self._outcomes, self.failed = [], None
+        self._outcomes, self.failed, self.lost = [], None, {}
         # A daemon: a process that is told to end does not wait for a storage that is away.
         self._thread = threading.Thread(target=self._run, args=(tuple(jobs), pending), name="raylit-checkpoint",
                                         daemon=True)  # fmt: skip
@@ -138,6 +146,8 @@ class Writer:
                 files[file_name(rank)] = Written(**note)
                 missing.remove(rank)
             if missing:
+                if job.key in self.lost:
+                    raise CheckpointError(self.lost[job.key])
                 if self._clock.now() >= until:
                     ranks = ", ".join(map(str, missing))
                     raise CheckpointError(f"the part of rank {ranks} did not come within {self._peers_s:g} s")

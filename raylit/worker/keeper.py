@@ -339,7 +339,15 @@ class CheckpointKeeper:
         """Wait for the save in flight; True where one failed, after which less is kept. Rank 0's word counts."""
         if not self._writer.busy:
             return False
-        outcomes = self._writer.wait()
+        outcomes = [] if self._first else self._writer.wait()
+        if self._several:
+            # The others' own parts wait for nobody. Where a disk is so full that a rank cannot even leave word of its
+            # failure there, rank 0 would wait for its part in vain.
+            failed_parts = {o.job.key: o.error for o in outcomes if o.error is not None}
+            for rank, told in enumerate(self._collective.gather_object(failed_parts) or ()):
+                self._writer.lost.update({key: f"rank {rank}: {error}" for key, error in told.items()})
+        if self._first:
+            outcomes = self._writer.wait()
         said = self._collective.broadcast_object([(o.error is not None, o.deleted) for o in outcomes])
         for outcome, (failed, deleted) in zip(outcomes, said):
             self._tell(outcome)

@@ -90,12 +90,13 @@ def test_an_attempt_that_ended_goes_on_to_the_bit(
     assert any(text.startswith(f"going on from step {from_step}:") for text in again[0][2])
     paths = [{name: str(value).replace("/whole/", "/one/") for name, value in each[1][0].items()} for each in whole]
     assert paths == [{name: str(value) for name, value in each[1][0].items()} for each in again]
-    assert sorted(os.listdir(tmp_path / "one" / "checkpoints")) == sorted(os.listdir(tmp_path / "whole" / "checkpoints"))
+    left = [sorted(os.listdir(tmp_path / run / "checkpoints")) for run in ("whole", "one")]
+    assert left[0] == left[1]
 
 
-def full_case(rank: int, world_size: int, storage: str) -> Any:
-    """Rank 1's disk is full for the second checkpoint."""
-    written = Writer._write
+def full_case(rank: int, world_size: int, storage: str, no_note: bool) -> Any:
+    """Rank 1's disk is full for the second checkpoint; ``no_note``: so full that it cannot even tell rank 0."""
+    written, left = Writer._write, Writer._leave_note
     count = 0
 
     def write(self: Writer, job: Any, snapshot: Any) -> None:
@@ -105,15 +106,23 @@ def full_case(rank: int, world_size: int, storage: str) -> Any:
             raise OSError(errno.ENOSPC, "No space left on device")
         written(self, job, snapshot)
 
-    Writer._write = write  # type: ignore[method-assign]
+    def leave_note(self: Writer, job: Any, content: dict[str, object]) -> None:
+        if count == 2 and no_note:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left(self, job, content)
+
+    Writer._write, Writer._leave_note = write, leave_note  # type: ignore[method-assign]
     try:
         return case(rank, world_size, storage, [{"every_n_train_steps": 4}], {"max_steps": 12})
     finally:
-        Writer._write = written  # type: ignore[method-assign]
+        Writer._write, Writer._leave_note = written, left  # type: ignore[method-assign]
 
 
-def test_a_disk_that_is_full_on_one_rank_costs_that_checkpoint(two: Processes, tmp_path: Path) -> None:
-    ranks = two(full_case, str(tmp_path))
+@pytest.mark.parametrize("no_note", [False, True])
+def test_a_disk_that_is_full_on_one_rank_costs_that_checkpoint(
+    two: Processes, tmp_path: Path, no_note: bool
+) -> None:
+    ranks = two(full_case, str(tmp_path), no_note)
     assert ranks[0][1] == ranks[1][1]
     (text,) = [text for text in ranks[0][2] if "could not be written" in text]
     assert "rank 1: OSError: [Errno 28] No space left on device" in text

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from raylit.checkpoint.folder import Clock
 from raylit.checkpoint.store import Store
 from raylit.checkpoint.writer import Job, Outcome, Writer
 from raylit.errors import CheckpointError
@@ -111,6 +112,22 @@ def test_a_rank_that_never_comes_is_given_up() -> None:
     (outcome,) = written(writer, job(memory.store(), "a", 4, world_size=3))
     assert outcome.error == "the part of rank 1, 2 did not come within 10 s"
     assert 10.0 <= memory.time.now_s < 12.0 and memory.store().survey() == []
+
+
+def test_a_rank_that_is_known_to_have_failed_is_not_waited_for() -> None:
+    """Its disk may be so full that it could leave no word of it."""
+    memory, why = Memory(), "rank 1: OSError: [Errno 28] No space left on device"
+    of_a, of_b = job(memory.store(), "a", 4, world_size=2), job(memory.store(), "b", 4, world_size=2)
+    (other,) = written(Writer(1, 2), of_b, rank=1, step=4)
+
+    def hears(seconds: float) -> None:
+        memory.time.sleep(seconds)
+        writer.lost[of_a.key] = why
+
+    writer = Writer(0, 2, clock=Clock(memory.time.clock.now, hears))
+    writer.save([of_a, of_b], snapshot(4))
+    assert [other.error, *(each.error for each in writer.wait())] == [None, why, None]
+    assert memory.time.now_s < 1.0
 
 
 def test_weights_alone_are_rank_0s() -> None:
