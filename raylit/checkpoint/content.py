@@ -24,6 +24,8 @@ from raylit.view import RunState
 FILE_NAME = "model.ckpt"
 # Lightning migrates a file by this version when it loads one; the layout below is 2.0's.
 _LAYOUT_VERSION = "2.0.0"
+# Lightning's Trainer asks a file for the loop of each entry point; what stands in the first one is raylit's own.
+_LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 # Of what raylit adds to it (docs/checkpoints.md). A reader refuses a newer one and still reads every older one.
 SCHEMA = 1
 
@@ -51,7 +53,7 @@ def collect(
         "epoch": state.epoch,
         "global_step": state.global_step,
         "state_dict": taken(module.state_dict()),
-        "loops": {} if loops is None else {"fit_loop": dict(loops)},
+        "loops": _loops(loops),
         "hparams_name": object_argument(module),
         "hyper_parameters": kept_hyperparameters(module),
     }
@@ -63,18 +65,28 @@ def collect(
     if state.datamodule is not None:
         checkpoint["datamodule_hyper_parameters"] = kept_hyperparameters(state.datamodule)
         checkpoint["datamodule_hparams_name"] = object_argument(state.datamodule)
-        checkpoint[type(state.datamodule).__name__] = taken(state.datamodule.state_dict())
+        checkpoint[datamodule_key(type(state.datamodule))] = taken(state.datamodule.state_dict())
     checkpoint["raylit"] = {"schema": SCHEMA, **({} if weights_only or extra is None else extra)}
     if on_save is not None:
         on_save(checkpoint)
     return made_safe(checkpoint) if copies else checkpoint
 
 
+def datamodule_key(cls: type[Any]) -> str:
+    """Return the name that a DataModule's state has in a checkpoint."""
+    return cls.__qualname__
+
+
+def _loops(fit: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    return {**{name: {} for name in _LOOPS}, **({} if fit is None else {"fit_loop": dict(fit)})}
+
+
 def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return a whole checkpoint without what only training needs."""
     weights = {key: value for key, value in checkpoint.items()
                if key not in ("optimizer_states", "lr_schedulers", "callbacks")}  # fmt: skip
-    return {**weights, "loops": {}, "raylit": {"schema": (checkpoint.get("raylit") or {}).get("schema", SCHEMA)}}
+    schema = (checkpoint.get("raylit") or {}).get("schema", SCHEMA)
+    return {**weights, "loops": _loops(None), "raylit": {"schema": schema}}
 
 
 def apply(checkpoint: Mapping[str, Any], state: RunState) -> None:
@@ -84,8 +96,9 @@ def apply(checkpoint: Mapping[str, Any], state: RunState) -> None:
         own_state = checkpoint.get("callbacks", {}).get(key)
         if own_state is not None:
             callback.load_state_dict(own_state)
-    if state.datamodule is not None and type(state.datamodule).__name__ in checkpoint:
-        state.datamodule.load_state_dict(checkpoint[type(state.datamodule).__name__])
+    datamodule = state.datamodule
+    if datamodule is not None and datamodule_key(type(datamodule)) in checkpoint:
+        datamodule.load_state_dict(checkpoint[datamodule_key(type(datamodule))])
 
 
 def apply_optimizers(checkpoint: Mapping[str, Any], state: RunState) -> None:

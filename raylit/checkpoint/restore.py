@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from raylit.checkpoint.content import load_weights
+from raylit.checkpoint.content import datamodule_key, load_weights
 from raylit.checkpoint.read import read
 from raylit.checkpoint.typed import annotations_of, as_annotated
 from raylit.errors import CheckpointError, UnknownArgumentError, nearest
@@ -60,8 +60,8 @@ def build_datamodule(
     checkpoint = read(path, "cpu" if map_location is None else map_location)
     params = _as_dict(checkpoint.get("datamodule_hyper_parameters")) | params
     datamodule = _construct(cls, params, checkpoint.get("datamodule_hparams_name"), overrides)
-    if cls.__name__ in checkpoint:
-        datamodule.load_state_dict(checkpoint[cls.__name__])
+    if datamodule_key(cls) in checkpoint:
+        datamodule.load_state_dict(checkpoint[datamodule_key(cls)])
     return datamodule
 
 

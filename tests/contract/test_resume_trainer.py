@@ -349,7 +349,7 @@ def test_the_file_has_the_keys_that_lightning_reads(tmp_path: Path) -> None:
     common = torch.load(Path(result.checkpoint.path) / "model.ckpt", weights_only=True)
     assert {"state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "hyper_parameters", "callbacks",
             "loops", "pytorch-lightning_version", "hparams_name"} <= set(common)  # fmt: skip
-    assert set(common["loops"]) == {"fit_loop"}
+    assert set(common["loops"]) == {"fit_loop", "validate_loop", "test_loop", "predict_loop"}
     assert common["raylit"]["schema"] == 1
 
 
