@@ -30,6 +30,7 @@ from raylit.data.batch import batch_size_of, split_time, to_device
 from raylit.data.rng import FOR_SHARE, mix_seed, seed_process
 from raylit.datamodule import DataModule
 from raylit.engine.handle import ModuleHandle
+from raylit.engine.notices import WorkersChange
 from raylit.engine.parts import Parts, Saved
 from raylit.engine.resume import epochs_done
 from raylit.engine.stages import StageResult, run_stage
@@ -49,7 +50,7 @@ from raylit.stage import Stage
 from raylit.strategies import DDP, DDP2, DataParallel, SingleDevice
 from raylit.strategies.collective import LocalCollective
 from raylit.view import RunState, TrainerView, WorkerTrainer
-from raylit.wire import ClusterCpus, Job, World
+from raylit.wire import RESIZED, ClusterCpus, Job, World
 from raylit.worker.going_on import load_newest, stores_of
 from raylit.worker.keeper import CheckpointKeeper
 from raylit.worker.loaders import Loaders
@@ -463,11 +464,15 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
     begun = files_of(spec.loggers) if world.global_rank == 0 else []  # two copies would overwrite one another
     if spec.stage is Stage.FIT and world.storage_path is not None:
         from raylit.worker.preemption import notices_of_ray
+        from raylit.worker.room import elastic_notices
 
-        spec.notices = notices_of_ray()
+        spec.notices = notices_of_ray() if job.elastic is None else elastic_notices(job.elastic, world)
     with local_folder(spec.run_folder, spec.run_filesystem, begun) as spec.run_folder:
         with watched(view._state, world, spec.config.fit.progress_timeout_s, channel):
-            outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)
+            try:
+                outcome = run(spec, world, view, channel.send if channel is not None else None, use_gpu)
+            except WorkersChange:
+                return RESIZED
     if spec.stage is Stage.FIT and spec.storage is not None and world.storage_path is not None:
         from raylit.worker.report import report_newest
 

@@ -174,24 +174,33 @@ class RunSnapshot:
 class Checkpointer(Protocol):
     """Decides when checkpoints are kept, and keeps them (worker side). Every rank asks it, at the same points."""
 
-    def safe_point(self, point: SafePoint, take: Callable[[], RunSnapshot]) -> None:
+    def safe_point(self, point: SafePoint, take: Callable[[], RunSnapshot]) -> bool:
         """The whole state is at hand; ``take`` copies it. Every rank must call ``take``, or none.
 
         Called after each batch: the common answer, that nothing is due, must come at once and without a collective.
-        After ``PREEMPTION`` it returns once the state is written: soon there may be nobody left to write it.
+        After ``PREEMPTION`` it returns once the state is written: soon there may be nobody left to write it. False
+        where that failed, on every rank.
         """
         ...
 
 
+@dataclass(frozen=True)
+class Notice:
+    """Something about the cluster that a run has to act on. The same on every rank."""
+
+    text: str  # one line
+    leave: bool = False  # the run is to go on with another number of workers: keep the state, and stop
+
+
 class Notices(Protocol):
-    """Hears of nodes that the cluster is about to take away (worker side)."""
+    """Hears of nodes that the cluster is about to take away, and in elastic runs of room for more (worker side)."""
 
     every_s: float  # announcements come to be known about this often: to ask much more often is of no use
 
-    def ask(self) -> str | None:
-        """Return a line about what was announced since the last time; None where nothing was.
+    def ask(self, collective: Collective) -> Notice | None:
+        """Return what was announced since the last time; None where nothing was.
 
-        A barrier: every rank calls it equally often, and all get a line, or none does.
+        A barrier: every rank calls it equally often, and all get the same.
         """
         ...
 

@@ -90,6 +90,7 @@ class Trainer(TrainerView):
         name: str | None = None,
         storage_path: str | None = None,
         resume: str | None = None,
+        elastic_batch: str = "keep",
         max_failures: int | None = None,
         progress_timeout: str | timedelta | Mapping[str, int] | None = "00:00:30:00",
         runtime_env: Mapping[str, Any] | None = None,

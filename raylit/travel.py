@@ -79,7 +79,7 @@ def pack_spec(spec: RunSpec, refs: list[Any] | None = None) -> bytes:
     """
     # Placement is the driver's own, and Ray's objects in it may hold anything.
     slim = dataclasses.replace(
-        spec, config=dataclasses.replace(spec.config, placement=PlacementConfig()),
+        spec, config=dataclasses.replace(spec.config, placement=_placement_of(spec)),
     )  # fmt: skip
     if any(p.device.type != "cpu" for p in spec.module.parameters()):
         spec.module.cpu()  # a worker may have no such device
@@ -87,6 +87,12 @@ def pack_spec(spec: RunSpec, refs: list[Any] | None = None) -> bytes:
         return _dumps_apart(slim, [] if refs is None else refs)
     except Exception as error:
         raise SerializationError(_culprit(spec, error)) from None
+
+
+def _placement_of(spec: RunSpec) -> PlacementConfig:
+    """What of the placement a worker needs: between which numbers of workers an elastic run may be."""
+    given = spec.config.placement
+    return PlacementConfig(num_workers=given.num_workers, elastic_batch=given.elastic_batch)
 
 
 def _dumps_apart(value: Any, refs: list[Any]) -> bytes:

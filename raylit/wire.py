@@ -53,6 +53,37 @@ class Job:
     argv: tuple[str, ...] = ()  # of the caller's script: hooks that read the command line see the same
     refs: tuple[Any, ...] = ()  # Ray ObjectRefs that the payload names
     cpus: ClusterCpus | None = None  # None: unknown, or the cluster may grow
+    elastic: Elastic | None = None  # None: the number of workers is fixed
+
+
+# What rank 0 returns in place of an outcome where the run is to go on with another number of workers.
+RESIZED = b"raylit: resized"
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """Between which numbers of workers a run may be, and what one of them takes."""
+
+    least: int
+    most: int
+    keeps_batch: bool  # a step's data are cut into ``most`` shares; see ``World.shares``
+    bundle: dict[str, float]  # resources of one worker
+    every_s: float = 60.0  # between two looks for room for more
+    request: str = ""  # begins the names of the requests for room that the run keeps open
+
+    def workers(self, room: int) -> int:
+        """Return how many workers to have where there is room for so many; 0 where that is too few.
+
+        Where a step has a number of shares, no more than get through them in as few turns: of 4 shares, 3 workers take
+        as long as 2.
+        """
+        if room < self.least:
+            return 0
+        room = min(room, self.most)
+        if not self.keeps_batch:
+            return room
+        turns = -(-self.most // room)
+        return max(self.least, -(-self.most // turns))
 
 
 @dataclass(frozen=True)

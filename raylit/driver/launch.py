@@ -120,7 +120,7 @@ def merge_scaling(
             placement_strategy=placement_strategy or "PACK",
         )
     changes: dict[str, Any] = {}
-    if given.num_workers == 1 and num_workers != 1:
+    if given.num_workers == 1 or isinstance(given.num_workers, tuple):  # of an elastic run: as many as there are now
         changes["num_workers"] = num_workers
     if use_gpu and not given.use_gpu:
         changes["use_gpu"] = True
@@ -233,22 +233,36 @@ def _outcome(result: ray.train.Result, run: ray.train.RunConfig) -> bytes:
 
 def as_callers_error(raised: BaseException, workers: Mapping[int, tuple[str, int]]) -> BaseException:
     """What the caller should see instead of Ray Train's error. ``workers``: rank -> (node, pid) where known."""
+    import ray.train
     from ray.exceptions import RayTaskError
     from ray.train import ControllerError, WorkerGroupError
 
+    announced = getattr(ray.train, "PreemptionError", None)  # newer than the oldest Ray that raylit runs with
+    if announced is not None and isinstance(raised, announced):
+        gone = ", ".join(map(str, sorted(raised.preemption_info.preempted_ranks)))
+        return _preempted(WorkerLostError(f"the node of worker {gone} was taken away, as had been announced"))
     if isinstance(raised, WorkerGroupError):
         failed = raised.worker_failures
         packed = [e.failure for e in failed.values() if isinstance(e, WorkerFailed)]
         lost = {rank: e for rank, e in failed.items() if _death(e) is not None}
         if packed and not (lost and all(map(is_consequence, packed))):
             return rebuild(first_cause(packed))
-        return lost_error(lost, workers) if lost else next(iter(failed.values()), raised)
+        if not lost:
+            return next(iter(failed.values()), raised)
+        taken = any(getattr(_death(e), "preempted", False) for e in lost.values())
+        return _preempted(lost_error(lost, workers)) if taken else lost_error(lost, workers)
     cause: BaseException = raised.controller_failure if isinstance(raised, ControllerError) else raised
     if isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
         cause = cause.cause
     if type(cause).__name__ == "InsufficientClusterResourcesError":
         return ResourceError(str(cause))
     return cause
+
+
+def _preempted(error: WorkerLostError) -> WorkerLostError:
+    """Say on the error that the loss had been announced."""
+    error.__dict__["raylit_preempted"] = True
+    return error
 
 
 def _death(error: BaseException) -> BaseException | None:

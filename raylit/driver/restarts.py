@@ -19,7 +19,9 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 class Fault:
     """What ended an attempt, as far as two of them are compared."""
 
-    kind: str  # "lost": a worker process is gone; "raised": an exception, or a stop; "final": nothing would change
+    # "lost": a worker process is gone; "preempted": with its node, which was announced; "raised": an exception, or a
+    # stop; "final": nothing would change
+    kind: str
     what: str = ""  # type and message, without what differs from process to process
     place: tuple[object, ...] = ()  # stage, epoch, step, batch
 
@@ -29,7 +31,7 @@ def fault_of(error: BaseException) -> Fault:
     message = _ADDRESS.sub("0x", (str(error).splitlines() or [""])[0])
     failure = getattr(error, "raylit_failure", None)
     if isinstance(error, WorkerLostError) and not isinstance(error, ProgressTimeoutError):
-        return Fault("lost")
+        return Fault("preempted" if getattr(error, "raylit_preempted", False) else "lost")
     if isinstance(error, ProgressTimeoutError):
         return Fault("raised", type(error).__name__)
     if failure is None or isinstance(error, RaylitError) or not isinstance(error, Exception):
@@ -38,12 +40,18 @@ def fault_of(error: BaseException) -> Fault:
     return Fault("raised", f"{failure.type_name}: {_ADDRESS.sub('0x', failure.message) or message}", place)
 
 
-def start_again(fault: Fault, before: list[Fault], max_failures: int | None, keeps: bool) -> bool:
+def start_again(
+    fault: Fault, before: list[Fault], max_failures: int | None, keeps: bool, max_preemptions: int = -1
+) -> bool:
     """Decide after ``fault``; ``before``: those of the attempts before it.
 
     ``max_failures``: so many restarts, -1: any number; None: ``DEFAULT``, of lost workers, where checkpoints are kept
     (``keeps``). An exception is given another chance only where restarts were asked for, and never twice at one place.
+    Nodes that were announced as lost count apart, up to ``max_preemptions`` (-1: any number).
     """
+    if fault.kind == "preempted":
+        return keeps and (max_preemptions == -1 or before.count(fault) < max_preemptions)
+    before = [each for each in before if each.kind != "preempted"]
     allowed = max_failures if max_failures is not None else DEFAULT if keeps else 0
     if fault.kind == "final" or (allowed != -1 and len(before) >= allowed):
         return False

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 import sys
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from raylit.assemble import RunSpec, check_strategy, metrics_as_floats, pick_device, strategy_name
+from raylit.assemble import (
+    RunSpec,
+    check_can_keep_batch,
+    check_strategy,
+    metrics_as_floats,
+    pick_device,
+    strategy_name,
+)
 from raylit.callback import Callback
 from raylit.callbacks.configuring import configured
 from raylit.checkpoint import check_weights, read
@@ -25,17 +34,18 @@ from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
 from raylit.driver import folder as folders
+from raylit.driver.elastic import open_requests, workers_now, workers_to_evaluate
 from raylit.driver.going_on import check_checkpoints, for_evaluation, for_fit, kept_by, with_checkpoints
 from raylit.driver.hooks import check_hooks, require
 from raylit.driver.restarts import DEFAULT, Fault, fault_of, start_again
 from raylit.driver.result import LocalResult, StoredCheckpoint
-from raylit.errors import ConfigError, DataError, HookError
+from raylit.errors import DataError, HookError
 from raylit.hooks import overridden
 from raylit.module import Module
 from raylit.seed import get_random_state, set_random_state
 from raylit.stage import Stage, Status
 from raylit.travel import Homecoming, pack_spec, receive, unpack, with_gpu
-from raylit.wire import Job, World
+from raylit.wire import RESIZED, Elastic, Job, World
 from raylit.worker.failure import bare
 from raylit.worker.loaders import HOOK
 from raylit.worker.ray_data import cpus_to_read, validates_within
@@ -170,25 +180,35 @@ def _result(trainer: Trainer, spec: RunSpec, run_folder: str | None, metrics: di
 
 # -- on Ray ----------------------------------------------------------------------------------------------------------
 def _launch_fit(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folder: str | None) -> Any:
-    """Launch, and launch again from the newest checkpoint after a fault that may pass."""
+    """Launch, and launch again from the newest checkpoint after a fault that may pass, or in another size."""
     placement = trainer._config.placement
     keeps = run_folder is not None and trainer._config.fit.enable_checkpointing
+    # Of a run of one size Ray itself counts the nodes that were taken away, and starts again.
+    preemptions = getattr(placement.failure_config, "max_preemption_failures", -1) if placement.elastic else 0
     faults: list[Fault] = []
+    again = False
     while True:
         if run_folder is not None:
             # What Ray noted of an earlier attempt; it would insist on checkpoints that are gone.
             Folder(run_folder, spec.run_filesystem).delete_file("checkpoint_manager_snapshot.json")
         try:
-            return _launch(trainer, spec, display, run_folder, again=bool(faults))
+            launched = _launch(trainer, spec, display, run_folder, again=again)
         except Exception as error:
             fault, failed = fault_of(error), error
-        if not start_again(fault, faults, placement.max_failures, keeps):
+        else:
+            if launched.outcome != RESIZED:
+                return launched
+            again = True
+            continue
+        if not start_again(fault, faults, placement.max_failures, keeps, preemptions):
             raise bare(failed)
         faults.append(fault)
+        again = True
         line = (str(failed).splitlines() or [""])[0]
+        counted = sum(each.kind != "preempted" for each in faults)
         of = "" if placement.max_failures == -1 else f" of {placement.max_failures or DEFAULT}"
-        text = f"{type(failed).__name__}: {line}; starting again (restart {len(faults)}{of})"
-        display.event({"kind": "note", "text": text})
+        restart = "" if fault.kind == "preempted" else f" (restart {counted}{of})"
+        display.event({"kind": "note", "text": f"{type(failed).__name__}: {line}; starting again{restart}"})
 
 
 def _launch(
@@ -200,10 +220,13 @@ def _launch(
     placement = trainer._config.placement
     refs: list[Any] = []
     payload = pack_spec(spec, refs)  # before Ray is started: what cannot travel is refused here
-    if spec.stage is Stage.FIT or not cluster.connected():
+
+    def say(text: str) -> None:
+        display.event({"kind": "note", "text": text})
+
+    if not placement.elastic and (spec.stage is Stage.FIT or not cluster.connected()):
         workers = placement.worker_range[0]
-        text = f"starting {workers} Ray worker{'s' * (workers != 1)} ..."
-        display.event({"kind": "note", "text": text})  # the next line may take half a minute to come
+        say(f"starting {workers} Ray worker{'s' * (workers != 1)} ...")  # the next line may take half a minute to come
     cluster.connect(placement.runtime_env)
     use_gpu = placement.use_gpu
     devices = getattr(trainer._config.fit.strategy, "devices", None) or 1  # that share a batch in each worker
@@ -217,10 +240,19 @@ def _launch(
         working_dir=os.getcwd(),
         argv=tuple(sys.argv),
     )
+    resources = cluster.with_gpus(placement.resources_per_worker, devices if use_gpu else 0)
+    workers, failures, elastic = placement.worker_range[0], placement.failure_config, None
+    if placement.elastic:
+        elastic = Elastic(
+            *placement.worker_range, keeps_batch=placement.elastic_batch == "keep", every_s=placement.resize_every_s,
+            bundle=cluster.per_worker(resources, bool(use_gpu)), request=f"raylit-{secrets.token_hex(8)}-",
+        )  # fmt: skip
+        workers, failures = _sized(spec, elastic, failures, again, say)
+        job = dataclasses.replace(job, elastic=elastic)
     where: dict[str, Any] = {
-        "num_workers": placement.num_workers,
+        "num_workers": workers,
         "use_gpu": bool(use_gpu),
-        "resources_per_worker": cluster.with_gpus(placement.resources_per_worker, devices if use_gpu else 0),
+        "resources_per_worker": resources,
         "runtime_env": placement.runtime_env,
         "on_event": lambda event: _follow(trainer, display, event),
         "ray_data": _read_at_a_time(trainer, spec),
@@ -228,13 +260,13 @@ def _launch(
     if spec.stage is not Stage.FIT:
         # No checkpoint, no restart: plain actors do, which start sooner and are kept for the next evaluation.
         return pool.launch_pooled(job, placement_strategy=placement.placement_strategy or "PACK", **where)
-    with folders.storage_of(run_folder, spec.stage) as (storage, name):
+    with folders.storage_of(run_folder, spec.stage) as (storage, name), open_requests(elastic):
         return launch(
             job,
             placement_strategy=placement.placement_strategy,
             scaling_config=placement.scaling_config,
             run_config=placement.run_config,
-            failure_config=placement.failure_config,
+            failure_config=failures,
             name=name,
             storage_path=storage,
             storage_filesystem=spec.run_filesystem,
@@ -242,6 +274,25 @@ def _launch(
             again=again,
             **where,
         )
+
+
+def _sized(
+    spec: RunSpec, elastic: Elastic, failures: Any, again: bool, say: Callable[[str], None]
+) -> tuple[int, Any]:
+    """The number of workers to start now, and Ray's FailureConfig for them."""
+    import ray.train
+
+    from raylit.driver import cluster, pool
+
+    if spec.stage is not Stage.FIT:
+        return workers_to_evaluate(elastic), failures
+    pool.release()  # workers that an evaluation left hold resources that count
+    if not again:
+        cluster.check_fits(elastic.least, elastic.bundle, use_gpu=False)
+    workers = workers_now(elastic, say)
+    say(f"starting {workers} Ray worker{'s' * (workers != 1)} (of {elastic.least} to {elastic.most}) ...")
+    # After a node was taken away Ray would wait for another; raylit takes what is there.
+    return workers, dataclasses.replace(failures or ray.train.FailureConfig(), max_preemption_failures=0)
 
 
 def _read_at_a_time(trainer: Trainer, spec: RunSpec) -> int:
@@ -365,9 +416,6 @@ def check_step(stage: Stage, model: Module) -> None:
 
 def check_placement(trainer: Trainer) -> None:
     """Refuse where and how a run cannot take place yet."""
-    workers = trainer._config.placement.num_workers
-    if isinstance(workers, tuple):
-        raise ConfigError(f"num_workers={workers}: elastic runs are not there yet; give one number of workers")
     check_strategy(trainer._config.fit.strategy)
     if trainer._config.placement.in_process and trainer._config.placement.use_gpu is True:
         pick_device(World(), use_gpu=True)
@@ -381,6 +429,9 @@ def check_before_fit(
     require(model, "training_step", "write training_step(self, batch, batch_idx), returning the loss")
     require(model, "configure_optimizers", "write configure_optimizers(self); return None to run forward only")
     check_placement(trainer)
+    placement = trainer._config.placement
+    if placement.elastic and placement.elastic_batch == "keep":
+        check_can_keep_batch(model, trainer._config.fit)
     check_checkpoints(trainer, callbacks)
     configured(trainer._config.fit, callbacks)  # refuses callbacks that contradict one another or an argument
     check_hooks(trainer, model, callbacks, datamodule)
@@ -403,15 +454,20 @@ def check_loaders(
             f"{stage.value} has no data: pass {argument}=, a datamodule with {hook}(), or write {hook}() in "
             f"{type(model).__name__}"
         )
-    world = max(1, trainer._config.placement.worker_range[0])
+    placement = trainer._config.placement
+    world = max(1, placement.worker_range[0])
     place: dict[str, Any] = {
         "rank": 0, "world_size": world, "seed": 0, "shard": trainer._config.fit.use_distributed_sampler,
     }  # fmt: skip
+    elastic: dict[str, Any] = {
+        "shares": placement.worker_range[1] if placement.elastic and placement.elastic_batch == "keep" else None,
+        "resized": placement.elastic,
+    }
     for each, source in loaders.items():
         if source is None:
             continue
         if each == "train":
-            prepare_train(source, name="train_dataloaders", **place)
+            prepare_train(source, name="train_dataloaders", **place, **elastic)
         else:
             name = "val_dataloaders" if stage is Stage.FIT else "dataloaders"
             prepare_all(source, stage=each, name=name, **place)

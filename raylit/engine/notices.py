@@ -2,7 +2,8 @@
 
 To ask is a barrier of all ranks, so they agree on the batches after which they do: after the first, then as far apart
 as the slowest rank's batches allow for asking twice in the time that an announcement takes anyway. A batch in between
-costs one subtraction. One announcement leads to one checkpoint, and the loop goes on.
+costs one subtraction. One announcement leads to one checkpoint, and the loop goes on; or, in an elastic run, it ends on
+all ranks, to be taken up by another number of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from raylit.stage import SafePoint
 _MOST_BATCHES = 200  # between two looks, however short: batches may suddenly take a hundred times as long
 
 
+class WorkersChange(BaseException):
+    """The state is kept, and the run goes on with another number of workers. Raised on every rank at once; no error."""
+
+
 class NoticeWatch:
     """Looks out for announcements in one loop. Every rank calls each method equally often, after the same batches."""
 
@@ -29,6 +34,7 @@ class NoticeWatch:
         self._now = now
         world_size = parts.state.world.world_size
         self._collective = parts.strategy.collective if world_size > 1 else None
+        self._all = parts.strategy.collective
         self._target_s = notices.every_s / 2
         self._waited_s = 0.0  # since anyone was asked, within this loop; the same on every rank
         self._apart = self._left = 1  # batches
@@ -70,9 +76,12 @@ class NoticeWatch:
             self._apart = max(1, min(fitting, 2 * self._apart, _MOST_BATCHES))
         if self._waited_s + passed_s / 2 >= self._target_s:  # nearer to it now than at the next look
             self._waited_s = 0.0
-            told = self._notices.ask()
-            if told is not None:
-                self._parts.output.note(f"{told}; keeping the state of now, and going on")
+            notice = self._notices.ask(self._all)
+            if notice is not None:
+                then = "starting again" if notice.leave else "going on"
+                self._parts.output.note(f"{notice.text}; keeping the state of now, and {then}")
                 with torch.inference_mode(False):  # on_save_checkpoint meets tensors as it does elsewhere
-                    self._checkpointer.safe_point(SafePoint.PREEMPTION, self._take)
+                    kept = self._checkpointer.safe_point(SafePoint.PREEMPTION, self._take)
+                if notice.leave and kept:
+                    raise WorkersChange
         self._left, self._since = self._apart, self._now()

@@ -21,6 +21,7 @@ from torch import Tensor
 from raylit.engine.evaluate import Evaluation, in_dataset_order
 from raylit.engine.fit import Fit
 from raylit.engine.handle import ModuleHandle
+from raylit.engine.notices import WorkersChange
 from raylit.engine.parts import Parts
 from raylit.engine.resume import take_weights
 from raylit.errors import DataError, HookError
@@ -69,6 +70,10 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
             _event(parts, "on_fit_end")
         state.status = Status.FINISHED
         return result
+    except WorkersChange:
+        state.status = Status.INTERRUPTED
+        parts.metrics.clear()
+        raise
     except BaseException as error:
         state.status = Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED
         _note_place(parts, error)

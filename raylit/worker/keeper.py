@@ -136,13 +136,13 @@ class CheckpointKeeper:
         return None
 
     # -- at safe points ------------------------------------------------------------------------------------------
-    def safe_point(self, point: SafePoint, take: Callable[[], RunSnapshot]) -> None:
-        """Save where something is due. Every rank calls it at the same points."""
+    def safe_point(self, point: SafePoint, take: Callable[[], RunSnapshot]) -> bool:
+        """Save where something is due. Every rank calls it at the same points. False where a needed save failed."""
         if self._writer.failed is not None:
             self._tell(self._writer.failed)
             self._writer.failed = None
         if point is SafePoint.BATCH and self._state.global_step < self._next_step and not self._timed:
-            return
+            return True
         if point is SafePoint.EPOCH:
             self._closed_epoch = self._state.epoch
         self._validated = self._validated or point is SafePoint.VALIDATION
@@ -151,13 +151,15 @@ class CheckpointKeeper:
             self._save(point, asking, take)
         self._next_step = min((self._state.global_step // k.steps + 1) * k.steps if k.steps else _NEVER
                               for k in self._kept)  # fmt: skip
-        if point in _NEEDED and self._settle() and self._first and point is not SafePoint.PREEMPTION:
+        failed = point in _NEEDED and self._settle()
+        if failed and self._first and point is not SafePoint.PREEMPTION:
             warnings.warn(
                 f"the state at the end of the fit could not be kept: {self._failure}. The weights are in the model, "
                 "and trainer.save_checkpoint(path) writes them elsewhere",
                 UserWarning,
                 stacklevel=2,
             )
+        return not failed
 
     @property
     def _best_placed(self) -> _Keeping:
@@ -284,7 +286,8 @@ class CheckpointKeeper:
         weights_only = all(job.manifest.weights_only for job in jobs) and point not in _NEEDED
         snapshot = self._state.take(True) if weights_only and self._state.take is not None else take()
         loop = (snapshot.common.get("loops") or {}).get("fit_loop") or {}
-        batches = int(loop.get("total_batches", 0))
+        # Counted alike at any number of workers: the newest state is found by it.
+        batches = int(loop.get("total_batches", 0)) // self._state.world.turns
         self._writer.save([replace(job, manifest=replace(job.manifest, batches=batches)) for job in jobs], snapshot)
 
     def _decide(self, keeping: _Keeping, point: SafePoint, here: State,

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from raylit.ports import Collective, Notice
+
 # Ray Train's public settings; the driver hands them on to every worker.
 _WATCHER, _INTERVAL = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
 _DEFAULT_INTERVAL_S = 5.0
@@ -20,16 +22,19 @@ class RayNotices:
     """Tells of each node once.
 
     ``ask``: ``ray.train.get_preemption_info``. ``name``: (node id) -> what people call it. ``now``: Unix time.
+    ``leaves``: (number of workers that will be lost) -> whether the run goes on without them at once.
     """
 
-    def __init__(self, ask: Callable[[], Any], every_s: float, name: Callable[[str], str],
-                 now: Callable[[], float] = time.time) -> None:  # fmt: skip
+    def __init__(
+        self, ask: Callable[[], Any], every_s: float, name: Callable[[str], str],
+        now: Callable[[], float] = time.time, leaves: Callable[[int], bool] = lambda lost: False,
+    ) -> None:  # fmt: skip
         self.every_s = every_s
-        self._ask, self._name, self._now = ask, name, now
+        self._ask, self._name, self._now, self._leaves = ask, name, now, leaves
         self._told: set[str] = set()
 
-    def ask(self) -> str | None:
-        """A line about the nodes that were announced since the last time. A barrier of all ranks."""
+    def ask(self, collective: Collective) -> Notice | None:
+        """The nodes that were announced since the last time, in a line. A barrier of all ranks, by Ray's own means."""
         info = self._ask()
         if info is None:
             return None
@@ -42,14 +47,14 @@ class RayNotices:
         when = "soon"
         if info.deadline_ms is not None:
             when = f"in {max(info.deadline_ms / 1000 - self._now(), 0.0):.0f} s"
-        return f"{nodes} will be taken away {when}"
+        return Notice(f"{nodes} will be taken away {when}", self._leaves(sum(map(len, ranks.values()))))
 
 
 def _workers(ranks: list[int]) -> str:
     return f"worker{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
 
 
-def notices_of_ray() -> RayNotices | None:
+def notices_of_ray(leaves: Callable[[int], bool] = lambda lost: False) -> RayNotices | None:
     """What this Ray Train worker can ask; None where nobody watches (one machine alone), or Ray is too old for it."""
     if os.environ.get(_WATCHER, "1").lower() in ("0", "false"):
         return None
@@ -58,7 +63,7 @@ def notices_of_ray() -> RayNotices | None:
     ask = getattr(ray.train, "get_preemption_info", None)
     if ask is None:
         return None
-    return RayNotices(ask, float(os.environ.get(_INTERVAL, _DEFAULT_INTERVAL_S)), node_name)
+    return RayNotices(ask, float(os.environ.get(_INTERVAL, _DEFAULT_INTERVAL_S)), node_name, leaves=leaves)
 
 
 def node_name(node_id: str) -> str:

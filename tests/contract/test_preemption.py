@@ -18,7 +18,7 @@ from raylit.callbacks import ModelCheckpoint
 from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.store import Store
 from raylit.engine.notices import NoticeWatch
-from raylit.ports import RunSnapshot
+from raylit.ports import Collective, Notice, RunSnapshot
 from raylit.stage import SafePoint
 from tests.contract.resuming import Net, Noisy, WithOutputs, assert_same, run_recorded, seed_all, shuffled, through_file
 from tests.two_process.harness import run_here
@@ -32,9 +32,9 @@ class Announces:
     every_s: float = 0.0
     calls: int = 0
 
-    def ask(self) -> str | None:
+    def ask(self, collective: Collective) -> Notice | None:
         self.calls += 1
-        return f"node {self.calls - 1}" if self.calls - 1 in self.at else None
+        return Notice(f"node {self.calls - 1}") if self.calls - 1 in self.at else None
 
 
 @dataclass
@@ -216,7 +216,7 @@ def test_it_asks_as_often_as_is_of_use(batch_s: float, every_s: float, most: flo
         def __init__(self) -> None:
             self.every_s = every_s
 
-        def ask(self) -> str | None:
+        def ask(self, collective: Collective) -> Notice | None:
             asked.append(clock[0])
             return None
 

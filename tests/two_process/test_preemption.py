@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from raylit.callbacks import ModelCheckpoint
 from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.store import Store
+from raylit.ports import Collective, Notice
 from tests.contract.resuming import Net, assert_same, seed_all, shuffled
 from tests.two_process.harness import Processes, run_here
 from tests.two_process.modules import Numbers, numbers
@@ -25,12 +26,12 @@ class Announces:
     def __init__(self, at: tuple[int, ...] = (), every_s: float = 0.0) -> None:
         self.at, self.every_s, self.calls = at, every_s, 0
 
-    def ask(self) -> str | None:
+    def ask(self, collective: Collective) -> Notice | None:
         seen: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(seen, self.calls)
         assert len(set(seen)) == 1, seen
         self.calls += 1
-        return f"node {self.calls - 1}" if self.calls - 1 in self.at else None
+        return Notice(f"node {self.calls - 1}") if self.calls - 1 in self.at else None
 
 
 class Unsized(IterableDataset[Any]):

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
+from raylit.strategies.collective import LocalCollective
 from raylit.worker.preemption import RayNotices, notices_of_ray
+
+ALONE = LocalCollective(torch.device("cpu"))
 
 
 @dataclass
@@ -21,7 +25,16 @@ class Info:
 def told(*answers: Any) -> list[str | None]:
     waiting = list(answers)
     notices = RayNotices(lambda: waiting.pop(0), 5.0, lambda node: f"{node}.lan (10.0.0.1)", lambda: 1000.0)
-    return [notices.ask() for _ in answers]
+    said = [notices.ask(ALONE) for _ in answers]
+    return [None if each is None else each.text for each in said]
+
+
+def test_an_elastic_run_leaves_where_enough_workers_are_left() -> None:
+    asked = []
+    info = Info({"a": [0, 1], "b": [3]})
+    notices = RayNotices(lambda: info, 5.0, str, leaves=lambda lost: not asked.append(lost))
+    notice = notices.ask(ALONE)
+    assert notice is not None and notice.leave and asked == [3]
 
 
 def test_each_node_is_told_once_with_workers_and_time_left() -> None:

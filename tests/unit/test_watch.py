@@ -12,6 +12,7 @@ import torch
 from raylit.driver.launch import stalled_error
 from raylit.errors import ProgressTimeoutError, WorkerLostError
 from raylit.stage import Loop, Stage
+from raylit.strategies.collective import LocalCollective
 from raylit.view import RunState
 from raylit.wire import World
 from raylit.worker import watch as watching
@@ -94,7 +95,7 @@ def test_a_rank_that_asks_for_announcements_waits_for_others() -> None:
     names: dict[str, Any] = {"frames": []}
     source = "import sys\ndef ask():\n    frames.append(sys._getframe())\n"
     exec(compile(source, Path(torch.__file__).parent / "cuda/streams.py", "exec"), names)  # in Ray's place
-    RayNotices(names["ask"], 5.0, str).ask()
+    RayNotices(names["ask"], 5.0, str).ask(LocalCollective(torch.device("cpu")))
     assert is_waiting(names["frames"][0])
 
 

@@ -220,10 +220,62 @@ def test_what_is_not_there_yet(trainer: Callable[..., raylit.Trainer], num_worke
         trainer(num_workers=num_workers, strategy=object()).fit(Net(), data())
 
 
-@pytest.mark.parametrize("entry", ["fit", "test"])
-def test_elastic_runs(trainer: Callable[..., raylit.Trainer], entry: str) -> None:
-    with pytest.raises(ConfigError, match=r"num_workers=\(1, 2\): elastic runs are not there yet"):
-        getattr(trainer(num_workers=(1, 2)), entry)(Evaluates(), data())
+class Steps(Net):
+    automatic_optimization = False
+
+
+class Pieces(Net):
+    truncated_bptt_steps = 2
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(range(4))
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "problem"),
+    [
+        (Steps, {}, "manual optimisation"),
+        (Net, {"automatic_optimization": False}, "manual optimisation"),
+        (Pieces, {}, "truncated BPTT"),
+        (Net, {"truncated_bptt_steps": 2}, "truncated BPTT"),
+        (Net, {"sync_batchnorm": True}, "sync_batchnorm"),
+    ],
+)
+def test_what_cannot_be_with_an_elastic_batch(
+    trainer: Callable[..., raylit.Trainer], model: type[Net], given: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{problem}.*elastic_batch='scale'"):
+        trainer(num_workers=(1, 2), **given).fit(model(), data())
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [DataLoader(Endless()), (each for each in [1]), {"a": DataLoader(Endless()), "b": [torch.zeros(1)] * 4}],
+)
+def test_an_elastic_run_over_data_without_positions(trainer: Callable[..., raylit.Trainer], loader: Any) -> None:
+    with pytest.raises(DataError, match="train_dataloaders: an elastic run takes up its data at any number of workers"):
+        trainer(num_workers=(1, 2)).fit(Net(), loader)
+
+
+def test_an_elastic_step_needs_a_sample_for_each_of_the_most_workers(trainer: Callable[..., raylit.Trainer]) -> None:
+    with pytest.raises(DataError, match="gives no batch at all .*length 3.*world size 4"):
+        trainer(num_workers=(1, 4)).fit(Net(), DataLoader(torch.zeros(3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"enable_checkpointing": False}, "goes on from a checkpoint at another number of workers"),
+        ({"use_distributed_sampler": False}, "raylit shares the samples out anew"),
+        ({"placement_strategy": "STRICT_SPREAD"}, "use 'SPREAD', or give one number of workers"),
+        ({"elastic_batch": "grow"}, "elastic_batch='grow'.*'keep'.*'scale'"),
+    ],
+)
+def test_what_contradicts_an_elastic_run(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        raylit.Trainer(num_workers=(1, 2), **given)
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "two", True, (2, 1), (0, 2)])

@@ -44,6 +44,16 @@ def test_start_again(fault: Fault, before: list[Fault], max_failures: Any, keeps
     assert start_again(fault, before, max_failures, keeps) is expected
 
 
+def test_announced_losses_count_apart() -> None:
+    taken = Fault("preempted")
+    assert start_again(taken, [taken] * 9, 0, True) and not start_again(taken, [], None, False)
+    assert start_again(taken, [taken], 0, True, 2) and not start_again(taken, [taken, taken], 0, True, 2)
+    assert start_again(LOST, [taken, taken], 1, True) and not start_again(LOST, [taken, LOST], 1, True)
+    announced = WorkerLostError("the node of worker 1 was taken away")
+    announced.__dict__["raylit_preempted"] = True
+    assert fault_of(announced) == taken
+
+
 @pytest.mark.parametrize(("given", "kind"), [
     (WorkerLostError("worker 1 died"), "lost"),
     (error(ProgressTimeoutError("worker 0 made no progress")), "raised"),

@@ -1,0 +1,83 @@
+"""With how many workers an elastic run starts: as many as there is room for now. Runs on the driver.
+
+Room is found out by asking for it: a placement group of each worker's resources. That counts what other jobs hold, and
+neither a node that is being drained nor one whose death Ray has not noticed yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from raylit.driver import cluster
+from raylit.wire import Elastic
+
+_SETTLE_S = 3.0  # without another request met, what there is now is taken
+_TELL_S = 10.0  # waiting is told after this long
+
+
+def workers_now(elastic: Elastic, note: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> int:
+    """Wait until there is room for ``elastic.least`` workers; return how many to start."""
+    with requested(elastic) as groups:
+        met, since, told = 0, now(), now()
+        while True:
+            count = sum(group.wait(timeout_seconds=0.05) for group in groups)
+            if count > met:
+                met, since = count, now()
+            workers = elastic.workers(count)
+            if workers and (count >= min(elastic.most, _of_all_nodes(elastic)) or now() - since >= _SETTLE_S):
+                return workers
+            if not workers and now() - told >= (_TELL_S if told == since else 6 * _TELL_S):
+                told = now()
+                note(f"waiting for room for {elastic.least} worker{'s' * (elastic.least != 1)}: the cluster has room "
+                     f"for {count} now")  # fmt: skip
+
+
+@contextlib.contextmanager
+def requested(elastic: Elastic) -> Iterator[list[Any]]:
+    """A placement group for each of the most workers, while the context is open."""
+    from ray.util import placement_group, remove_placement_group
+
+    groups = [placement_group([dict(elastic.bundle)]) for _ in range(elastic.most)]
+    try:
+        yield groups
+    finally:
+        for group in groups:
+            remove_placement_group(group)
+
+
+@contextlib.contextmanager
+def open_requests(elastic: Elastic | None) -> Iterator[None]:
+    """Remove the requests for room (``worker/room.py``) that an attempt's workers have open when it ends.
+
+    What they hold is wanted for the next attempt.
+    """
+    try:
+        yield
+    finally:
+        if elastic is not None:
+            from ray.util import get_placement_group, remove_placement_group
+
+            for number in range(elastic.most):
+                with contextlib.suppress(Exception):  # ValueError: none of this name; else Ray itself is gone
+                    remove_placement_group(get_placement_group(f"{elastic.request}{number}"))
+
+
+def workers_to_evaluate(elastic: Elastic) -> int:
+    """Return with how many workers an evaluation runs: its numbers are the same with any number."""
+    return max(elastic.least, min(elastic.most, _of_all_nodes(elastic)))
+
+
+def _of_all_nodes(elastic: Elastic) -> int:
+    """Workers that all living nodes have the resources for, used or free: there will be no more of them soon."""
+    import ray
+
+    room = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            fits = [node["Resources"].get(name, 0.0) / amount + 1e-9 for name, amount in elastic.bundle.items()]
+            room += math.floor(min(fits)) if fits else elastic.most
+    return room if not cluster.may_grow() else elastic.most

@@ -1,0 +1,72 @@
+"""Room for more workers of an elastic run: a request for each that is missing is kept open at Ray. Floor 4, on workers.
+
+Rank 0 makes the requests, placement groups of one worker's resources each, and looks which are met. A cluster that
+grows by itself sees them as what is wanted. The driver removes them before it starts the run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from raylit.ports import Collective, Notice, Notices
+from raylit.wire import Elastic, World
+
+_LOOK_S = 5.0  # the least between two looks; a look is one question to Ray for each request
+
+
+class ElasticNotices:
+    """Implements ``ports.Notices``: what ``preemption`` hears, and, every ``elastic.every_s``, room that is of use.
+
+    ``requests``: how many of the open requests are met; asked on rank 0 alone. Every rank has one.
+    """
+
+    def __init__(self, elastic: Elastic, world: World, preemption: Notices | None, requests: Callable[[], int],
+                 now: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+        self._elastic, self._world, self._preemption = elastic, world, preemption
+        self._requests, self._now = requests, now
+        pause_s = max(min(elastic.every_s, _LOOK_S), 0.1)
+        self.every_s = pause_s if preemption is None else min(preemption.every_s, pause_s)
+        self._due = now() + elastic.every_s
+
+    def ask(self, collective: Collective) -> Notice | None:
+        """A barrier: every rank calls it equally often, and all get the same."""
+        notice = None if self._preemption is None else self._preemption.ask(collective)
+        room = 0
+        if self._world.global_rank == 0 and self._now() >= self._due:
+            room = self._requests()
+            self._due = self._now() + self._elastic.every_s
+        room = int(collective.broadcast_object(room))
+        if notice is not None:
+            return notice
+        size = self._world.world_size
+        if self._elastic.workers(size + room) <= size:
+            return None
+        return Notice(f"there is room for {room} more worker{'s' * (room != 1)}", leave=True)
+
+
+class OpenRequests:
+    """Placement groups for the workers that an elastic run has not. Made at the first call; one by name each."""
+
+    def __init__(self, elastic: Elastic, world_size: int) -> None:
+        self._elastic, self._missing = elastic, elastic.most - world_size
+        self._groups: list[Any] | None = None
+
+    def __call__(self) -> int:
+        """Return how many are met."""
+        from ray.util import placement_group, placement_group_table
+
+        if self._groups is None:
+            bundle = dict(self._elastic.bundle)
+            self._groups = [placement_group([bundle], name=f"{self._elastic.request}{number}")
+                            for number in range(self._missing)]  # fmt: skip
+        return sum(placement_group_table(group).get("state") == "CREATED" for group in self._groups)
+
+
+def elastic_notices(elastic: Elastic, world: World) -> ElasticNotices:
+    """What a worker of an elastic run hears of."""
+    from raylit.worker.preemption import notices_of_ray
+
+    preemption = notices_of_ray(lambda lost: elastic.workers(world.world_size - lost) > 0)
+    return ElasticNotices(elastic, world, preemption, OpenRequests(elastic, world.world_size))
