@@ -163,7 +163,7 @@ def to_cpu(value: Any) -> Any:
 
 
 def write(checkpoint: Mapping[str, Any], folder: str, name: str = FILE_NAME) -> str:
-    """Write ``folder/model.ckpt`` (or another ``name``) whole or not at all; return its path."""
+    """Write ``folder/model.ckpt`` (or another ``name``) whole or not at all; return its path. Raises OSError."""
     os.makedirs(folder, exist_ok=True)
     target = os.path.join(folder, name)
     partial = f"{target}.partial"
@@ -173,6 +173,10 @@ def write(checkpoint: Mapping[str, Any], folder: str, name: str = FILE_NAME) -> 
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch words what the disk said as a fault of its own
+            raise error.__context__ from error
+        raise
     finally:
         if os.path.exists(partial):
             os.unlink(partial)

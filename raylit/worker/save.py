@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from typing import Any
@@ -31,8 +32,8 @@ def save_checkpoint(parts: Parts, path: str, weights_only: bool) -> None:
             common["raylit"]["ranks"] = ordered(own)
         try:
             write_file(common, path)
-        except OSError as error:
-            fault = redacted(str(error))
+        except Exception as error:  # whatever it is: the other ranks wait for a word
+            fault = redacted(str(error)) or type(error).__name__
     fault = collective.broadcast_object(fault)  # all wait for the file: a rank may read it in its next line
     if fault:
         raise CheckpointError(f"the checkpoint cannot be written to {redacted(path)!r}: {fault}")
@@ -50,9 +51,15 @@ def write_file(checkpoint: dict[str, Any], path: str) -> None:
             file = write(checkpoint, folder)
             filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             # Beside its place first: an object store shows a file when it is whole, a file system while it grows.
-            pyarrow.fs.copy_files(file, f"{target}.partial", source_filesystem=pyarrow.fs.LocalFileSystem(),
-                                  destination_filesystem=filesystem)  # fmt: skip
-            filesystem.move(f"{target}.partial", target)
+            partial = f"{target}.partial"
+            try:
+                pyarrow.fs.copy_files(file, partial, source_filesystem=pyarrow.fs.LocalFileSystem(),
+                                      destination_filesystem=filesystem)  # fmt: skip
+                filesystem.move(partial, target)
+            except OSError:
+                with contextlib.suppress(OSError):  # the first fault is the one to tell
+                    filesystem.delete_file(partial)
+                raise
         return
     folder, name = (path, FILE_NAME) if os.path.isdir(path) or path.endswith(os.sep) else os.path.split(path)
     write(checkpoint, folder or ".", name)

@@ -44,11 +44,11 @@ def validation() -> Any:
     return DataLoader(Noisy(6, seed=1), batch_size=3)
 
 
-def fit(folder: Path, model: Any, loaders: Any, seed: int = 1, ckpt_path: Any = None, val: Any = None, **given: Any):  # type: ignore[no-untyped-def]
+def fit(folder: Path, model: Any, loaders: Any, seed: int = 1, ckpt_path: Any = None, val: Any = None,
+        datamodule: Any = None, **given: Any) -> tuple[raylit.Trainer, Any]:  # fmt: skip
     trainer = raylit.Trainer(storage_path=str(folder), **{"max_epochs": 3, **QUIET, **given})
     seed_all(seed)
-    result = trainer.fit(model, loaders, val, ckpt_path=ckpt_path)
-    return trainer, result
+    return trainer, trainer.fit(model, loaders, val, datamodule, ckpt_path)
 
 
 def whole_state(result: Any) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
@@ -130,7 +130,7 @@ def test_what_a_hook_saves_goes_on_to_the_bit(hook: str, at: tuple[int, int], tm
     same_end(whole, rest)
 
 
-@pytest.mark.parametrize("hook", ["on_train_epoch_end", "training_epoch_end"])
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "training_epoch_end", "on_epoch_end"])
 def test_what_a_hook_saves_at_the_end_of_an_epoch_does_that_end_anew(hook: str, tmp_path: Path) -> None:
     path = tmp_path / "state.ckpt"
 
