@@ -56,7 +56,11 @@ class Walk:
         if first and self.final != -2:
             left = self._loader.batches_from(start)
             if left is not None:
-                self.final = min(self.final, first - begun + left // self._own * self._turns - 1)
+                whole, final = self._loader.num_batches, first - begun + left // self._own * self._turns - 1
+                # At another number of ranks than before the position may lie within a step: one more is then left than
+                # an epoch has, and only a limit that was asked for may cut it off.
+                limited = whole is None or self.final + 1 != whole // self._own * self._turns
+                self.final = min(self.final, final) if limited else final
         self._loader.set_epoch(epoch, start if ahead is NOTHING else start + self._loader.samples_per_step)
         self._iterator = iter(self._loader)
         for _ in range(min(begun, self._own)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -154,3 +155,76 @@ def test_from_one_rank_to_two_each_sample_is_seen_once(two: Processes) -> None:
     assert sorted(ran[0][0] + ran[1][0]) == sorted(whole.module.seen[4:])
     assert ran[0][0] == [whole.module.seen[i] for i in (4, 5, 8, 9, 12, 13)]
     assert ran[0][1] == ran[1][1]
+
+
+class Measures(raylit.Module):
+    """Epoch values of every kind, and outputs, over numbered samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import torchmetrics
+
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.sum_of_all, self.all_values = torchmetrics.SumMetric(), torchmetrics.CatMetric()
+        self.ended: list[list[float]] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.log("at_start", 7.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        values = batch[0]
+        self.log("mean", values.mean(), on_step=False, on_epoch=True)
+        self.log("sum", values.sum(), on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log("least", values.min(), on_step=False, on_epoch=True, reduce_fx=torch.min)
+        self.log("most", values.max(), on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("largest_of_all", values.max(), on_step=False, on_epoch=True, reduce_fx=lambda all_of: all_of.max())
+        if batch_idx == 0:
+            self.log("early", values.mean() * 0 + 3.0, on_step=False, on_epoch=True)
+        self.sum_of_all.update(values)
+        self.all_values.update(values)
+        self.log("summed", self.sum_of_all, on_step=False, on_epoch=True)
+        return {"loss": self.weight * values.mean(), "values": values}
+
+    def training_epoch_end(self, outputs: Any) -> None:
+        self.ended.append([value for output in outputs for value in output["values"].tolist()])
+        self.log("kept", float(self.all_values.compute().numel()), reduce_fx="sum")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def measured_case(rank: int, world_size: int, common: Any, own: Any) -> tuple[dict[str, float], list[float]]:
+    ran, _ = run_recorded(Measures, numbered, seed=1, rank=rank, world_size=world_size, common=common, own=own,
+                          max_epochs=1)  # fmt: skip
+    return ran.metrics, ran.module.ended[0]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2), (2, 3)])
+def test_the_metrics_of_a_half_done_epoch_go_on_at_another_number_of_ranks(
+    processes: Callable[[int], Processes], before: int, after: int
+) -> None:
+    """Every kind of epoch value, against a calculation by hand over the samples that were used."""
+
+    def on(ranks: int, case: Any, *arguments: Any) -> list[Any]:
+        return [case(0, 1, *arguments)] if ranks == 1 else processes(ranks)(case, *arguments)
+
+    first = on(before, take_at, Measures, numbered, 0, {"max_epochs": 1})
+    own = {rank: snapshot.own for rank, snapshot in enumerate(first)}
+    ended = on(after, measured_case, first[0].common, own)
+    used = sorted(value for _, values in ended for value in values)  # the outputs came along, those before too
+    left_over = (16 - 2 * before) % (2 * after) % after
+    assert len(used) == 16 - left_over and len(set(used)) == len(used)
+    for metrics, _ in ended:
+        expected = {"mean": sum(used) / len(used), "sum": sum(used), "least": min(used), "most": max(used),
+                    "largest_of_all": max(used), "early": 3.0, "summed": sum(used), "at_start": 7.0}  # fmt: skip
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_metric_that_cannot_be_joined_is_said_to_lack_a_part() -> None:
+    import torchmetrics
+
+    from raylit.metrics.torchmetric import join_metric_states, metric_states
+
+    metric = torchmetrics.PearsonCorrCoef()
+    metric.update(torch.arange(4.0), torch.arange(4.0))
+    assert join_metric_states(metric, [metric_states(metric), metric_states(metric)]) is None

@@ -271,3 +271,16 @@ def test_by_scale_a_step_has_the_workers_batches(processes: Callable[[int], Proc
     plain = processes(2)(ran_case, Net, 0.0, {})
     assert all(torch.equal(scaled[0][0][name], plain[0][0][name]) for name in plain[0][0])
     assert scaled[0][3] == plain[0][3]
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=st.integers(1, MOST), second=st.integers(1, MOST), point=st.integers(0, 3))
+def test_by_scale_no_sample_is_seen_twice_or_left_out(
+    processes: Callable[[int], Processes], first: int, second: int, point: int
+) -> None:
+    """Also where the place is within a step of the new number of workers; fewer than workers are left over at the end."""
+    arguments = {**ELASTIC, "elastic_batch": "scale", "max_epochs": 1}
+    begun = on(processes, first, Net, 0.0, arguments, None, (point,))
+    ended = on(processes, second, Net, 0.0, arguments, at_point(begun, point))
+    used = [each for part in ended for ids in part[2][0] for each in ids]  # of the outputs, which came along
+    assert len(set(used)) == len(used) and SAMPLES - len(used) < second
