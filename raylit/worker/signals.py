@@ -14,18 +14,17 @@ from types import FrameType
 
 from raylit.view import RunState
 
-_GRACE_S = 5.0  # a batch that takes longer is not waited for
+GRACE_S = 5.0  # a batch that takes longer is not waited for
 _DEFAULT = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @contextmanager
-def interrupts_held(state: RunState) -> Iterator[None]:
-    """Let signals wait for the end of the batch. Handlers that someone else has set stay as they are."""
+def interrupts_held(state: RunState, grace_s: float = GRACE_S) -> Iterator[None]:
+    """Let signals wait for the end of the batch, ``grace_s`` at most. Handlers that someone else has set stay."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    timer = threading.Timer(_GRACE_S, _thread.interrupt_main)
-    timer.daemon = True
+    timers: list[threading.Timer] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         first = state.interrupt is None
@@ -36,14 +35,18 @@ def interrupts_held(state: RunState) -> Iterator[None]:
         if not first or not state.holds_interrupts:
             raise state.interrupt
         state.stop_requested = True  # the loop looks at this after each batch
-        timer.start()
+        # The same signal once more: another one might be ignored here, as SIGINT is in a shell's background jobs.
+        timers.append(threading.Timer(grace_s, _thread.interrupt_main, (number,)))
+        timers[-1].daemon = True
+        timers[-1].start()
 
     taken = {number: signal.signal(number, handle) for number, usual in _DEFAULT.items()
              if signal.getsignal(number) is usual}  # fmt: skip
     try:
         yield
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
         for number, before in taken.items():
             signal.signal(number, before)
         state.interrupt = None
