@@ -278,7 +278,7 @@ def test_by_scale_a_step_has_the_workers_batches(processes: Callable[[int], Proc
 def test_by_scale_no_sample_is_seen_twice_or_left_out(
     processes: Callable[[int], Processes], first: int, second: int, point: int
 ) -> None:
-    """Also where the place is within a step of the new number of workers; fewer than workers are left over at the end."""
+    """Also where the place is within a step of the new number of workers; fewer than these are left over at the end."""
     arguments = {**ELASTIC, "elastic_batch": "scale", "max_epochs": 1}
     begun = on(processes, first, Net, 0.0, arguments, None, (point,))
     ended = on(processes, second, Net, 0.0, arguments, at_point(begun, point))
