@@ -435,7 +435,7 @@ class Fit:
         timed = self._deadline is not None
         half, self._half = self._half, None
         walk, checkpointer, notices = self._open(half), parts.checkpointer, self._notices
-        final, batch_idx = walk.final, walk.first - 1
+        final, batch_idx, reseeds = walk.final, walk.first - 1, walk.reseeds
         if half is not None:
             self._finish_batch(half, log_every, validate)
         for batch_idx, batch in walk if not self._stop_now else ():
@@ -479,7 +479,7 @@ class Fit:
                     turns.end()
                 if not turns.step_done(batch_idx):
                     continue
-            if walk.reseeds:
+            if reseeds:
                 walk.reseed_hooks(batch_idx + 1)
             if log_every and stepped and state.global_step % log_every == 0:
                 self._log_step()
