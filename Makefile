@@ -15,11 +15,12 @@ STAMP := $(VENV)/.raylit-installed
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test chaos lint bench clean
 
 help:
 	@echo "make demo    train the digits example on two Ray workers (installs into $(VENV) the first time)"
 	@echo "make test    run the whole test suite"
+	@echo "make chaos   20 runs on a cluster of three hosts, with one fault each; make chaos ARGS='--seed 7 --runs 20'"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   measure a training step against a hand-written loop"
 	@echo "make clean   remove $(VENV), caches and runs/"
@@ -47,6 +48,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest -q --durations=10 $(ARGS)
+
+chaos: $(STAMP)
+	$(PY) -m tests.chaos.chaos $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import shutil
@@ -13,16 +14,24 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pytest
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
+# Ray's own settings: a lost host is noticed after some 3 s instead of 15, and an announced loss is looked for oftener.
+ALERT = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+}
 
 
 def may_hide_folders() -> bool:
-    """Whether this process may make mount namespaces."""
+    """Whether this process may make a mount namespace, and a tmpfs in it."""
     tool = shutil.which("unshare")
-    return tool is not None and subprocess.run([tool, "-m", "true"], capture_output=True).returncode == 0
+    command = [str(tool), "-m", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+    return tool is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @contextlib.contextmanager
@@ -43,46 +52,108 @@ def environment_of(**more: str) -> Iterator[dict[str, str]]:
         yield {**environment, "RAY_TMPDIR": folder}
 
 
+class Cluster:
+    """A head on 127.0.0.1 and members on 127.0.0.2 and so on, of one CPU each; leaving it ends them all."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._environment, self._addresses = environment, itertools.count(2)
+        self._running: list[subprocess.Popen[str]] = []
+        self.members: dict[str, subprocess.Popen[str]] = {}  # those that were not lost, by their own address
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        self._head = ["--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start(self._head)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    @property
+    def driver_environment(self) -> dict[str, str]:
+        """The environment of a script that is to run here."""
+        return {**self._environment, "RAY_ADDRESS": self.address}
+
+    def join(self, hidden: Path | None = None) -> str:
+        """Start one more member and return its own address; it has the folder ``hidden`` empty, if one is given.
+
+        Hiding takes a mount namespace: see ``may_hide_folders``.
+        """
+        own = f"127.0.0.{next(self._addresses)}"
+        options = [f"--address={self.address}", f"--node-ip-address={own}"]
+        hide = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$1" && shift && exec "$@"', "sh", str(hidden)]
+        self.members[own] = self._start(options, () if hidden is None else hide)
+        return own
+
+    def lose(self, member: str) -> None:
+        """Kill a member's raylet, and what else runs on this host, without notice."""
+        _end(self.members.pop(member))
+
+    def raylet(self, member: str) -> psutil.Process:
+        """The process that is this node to Ray."""
+        there = psutil.Process(self.members[member].pid).children(recursive=True)
+        return next(each for each in there if each.name() == "raylet")
+
+    def drain(self, member: str, node: str, notice_s: float) -> psutil.Process:
+        """Announce to Ray that a member will be taken away, as a cloud does; it ends then. ``node``: Ray's id of it.
+
+        Return the process that is this node.
+        """
+        raylet = self.raylet(member)
+        command = [str(RAY), "drain-node", "--address", self.address, "--node-id", node,
+                   "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+                   "--deadline-remaining-seconds", f"{notice_s:g}"]  # fmt: skip
+        subprocess.run(command, env=self._environment, check=True, capture_output=True, timeout=120)
+        del self.members[member]
+        return raylet
+
+    def close(self) -> None:
+        """End every host, at once: to be asked to end takes a head half a minute."""
+        for process in self._running:
+            _end(process)
+
+    def _start(self, options: Sequence[str], inside: Sequence[str] = ()) -> subprocess.Popen[str]:
+        own = ["--num-cpus=1", "--object-store-memory=100000000", "--block"]
+        process = subprocess.Popen(
+            [*inside, str(RAY), "start", *options, *own], env=self._environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, cwd="/",
+        )  # fmt: skip
+        self._running.append(process)
+        assert process.stdout is not None
+        told: list[str] = []
+        for line in process.stdout:  # ends if the process does
+            told.append(line)
+            if "Ray runtime started" in line:
+                return process
+        raise RuntimeError("a host did not start:\n" + "".join(told))
+
+
+def _end(host: subprocess.Popen[str]) -> None:
+    """Kill a host's first process and all that came of it."""
+    if host.poll() is None:
+        first = psutil.Process(host.pid)
+        for each in [first, *first.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        host.wait()
+    if host.stdout is not None:
+        host.stdout.close()
+
+
 @contextlib.contextmanager
 def hosts(environment: dict[str, str], members: Sequence[Path | None]) -> Iterator[str]:
-    """Start a head and a raylet for each of ``members``, of one CPU each; yield the cluster's address.
+    """Start a head and a member for each of ``members``; yield the cluster's address.
 
-    A member that is a path has this folder empty, in a mount namespace of its own. The head is 127.0.0.1, the members
-    127.0.0.2 and so on.
+    A member that is a path has this folder empty.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"127.0.0.1:{port}"
-    own = ["--num-cpus=1", "--object-store-memory=100000000", "--block"]
-    head = [str(RAY), "start", "--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
-    commands = [[*head, *own]]
-    hide = 'mount -t tmpfs none "$1" && shift && exec "$@"'
-    for number, hidden in enumerate(members, start=2):
-        member = [str(RAY), "start", f"--address={address}", f"--node-ip-address=127.0.0.{number}", *own]
-        commands.append(member if hidden is None else ["unshare", "-m", "sh", "-c", hide, "sh", str(hidden), *member])
-    running: list[subprocess.Popen[str]] = []
-    try:
-        for command in commands:
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
-            )
-            running.append(process)
-            assert process.stdout is not None
-            told: list[str] = []
-            for line in process.stdout:  # ends if the process does
-                told.append(line)
-                if "Ray runtime started" in line:
-                    break
-            else:
-                pytest.fail("a host did not start:\n" + "".join(told))
-        yield address
-    finally:
-        for process in reversed(running):
-            process.terminate()  # ray start --block ends what it has started
-        for process in running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=30)
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+    with Cluster(environment) as cluster:
+        for hidden in members:
+            cluster.join(hidden)
+        yield cluster.address

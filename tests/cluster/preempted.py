@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import raylit
+from tests.chaos.faults import wait_for
 
 BATCHES, EPOCHS = 200, 2  # of each rank
-_LONG_S = 240.0  # nothing takes this long, but on a machine with other work starting Ray may take minutes
 
 
 def loader() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
     return DataLoader(torch.randn(2 * 2 * BATCHES, 3, generator=generator), batch_size=2, shuffle=True)
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = _LONG_S) -> Any:
-    """Return what ``condition`` gives once it is true."""
-    until = time.monotonic() + timeout_s
-    while not (found := condition()):
-        if time.monotonic() > until:
-            raise TimeoutError(f"in vain for {timeout_s:g} s: {what}")
-        threading.Event().wait(0.05)
-    return found
 
 
 class Net(raylit.Module):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.store import Store
-from tests.cluster.hosts import RAY, environment_of, hosts
-from tests.cluster.preempted import BATCHES, EPOCHS, Net, loader, wait_for
+from tests.chaos.faults import wait_for
+from tests.cluster.hosts import Cluster
+from tests.cluster.preempted import BATCHES, EPOCHS, Net, loader
 from tests.two_process.harness import Processes, run_here
 
 pytestmark = [
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="needs several loopback addresses"),
 ]
-NOTICE_S = 30  # from the announcement to the node's end
+NOTICE_S = 20  # from the announcement to the node's end
 
 SCRIPT = f"""
     from pathlib import Path
@@ -56,33 +57,28 @@ def started(folder: Path, attempt: int) -> list[list[str]]:
     return [file.read_text().split() for file in files] if all(file.exists() for file in files) else []
 
 
-def test_a_run_outlives_the_node_of_a_worker(two: Processes, tmp_path: Path) -> None:
+def test_a_run_outlives_the_node_of_a_worker(three_hosts: Cluster, two: Processes, tmp_path: Path) -> None:
     (tmp_path / "script").mkdir()
     script = tmp_path / "script" / "train.py"
     script.write_text(textwrap.dedent(SCRIPT).format(folder=str(tmp_path)))
-    with environment_of(RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5") as environment, \
-            hosts(environment, [None, None]) as address:  # fmt: skip
-        with subprocess.Popen([sys.executable, str(script)], cwd=script.parent, text=True,
-                              env={**environment, "RAY_ADDRESS": address},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
-            try:
-                wait_for(lambda: process.poll() is not None or started(tmp_path, 0), "training begins")
-                places = started(tmp_path, 0)
-                # The head must stay, and Ray may know it by another address of this machine than 127.0.0.1.
-                lost = next(node for node, ip, _ in places if ip in ("127.0.0.2", "127.0.0.3"))
-                drain = [str(RAY), "drain-node", "--address", address, "--node-id", lost,
-                         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
-                         "--deadline-remaining-seconds", str(NOTICE_S)]  # fmt: skip
-                subprocess.run(drain, env=environment, check=True, capture_output=True, timeout=60)
-                (tmp_path / "drained").touch()
-                both = [tmp_path / f"went-on-{rank}" for rank in (0, 1)]
-                wait_for(lambda: process.poll() is not None or all(each.exists() for each in both), "it goes on")
-                (run,) = (tmp_path / "results").iterdir()
-                store = Store(Folder(str(run / "checkpoints")))
-                kept = [(each, store.faults(each)) for each in store.manifests()]
-                output = process.communicate(timeout=240)[0]
-            finally:
-                process.kill()
+    with subprocess.Popen([sys.executable, str(script)], cwd=script.parent, text=True,
+                          env=three_hosts.driver_environment,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
+        try:
+            wait_for(lambda: process.poll() is not None or started(tmp_path, 0), "training begins")
+            places = started(tmp_path, 0)
+            # The head must stay, and Ray may know it by another address of this machine than 127.0.0.1.
+            lost, member = next((node, ip) for node, ip, _ in places if ip in three_hosts.members)
+            three_hosts.drain(member, lost, NOTICE_S)
+            (tmp_path / "drained").touch()
+            both = [tmp_path / f"went-on-{rank}" for rank in (0, 1)]
+            wait_for(lambda: process.poll() is not None or all(each.exists() for each in both), "it goes on")
+            (run,) = (tmp_path / "results").iterdir()
+            store = Store(Folder(str(run / "checkpoints")))
+            kept = [(each, store.faults(each)) for each in store.manifests()]
+            output = process.communicate(timeout=240)[0]
+        finally:
+            process.kill()
     assert process.returncode == 0, output
     # One checkpoint, in the middle of the first epoch, where nothing else keeps one.
     assert [(each.epoch, faults) for each, faults in kept] == [(0, ())], output
