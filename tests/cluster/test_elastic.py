@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cluster.hosts import Cluster, environment_of
-from tests.cluster.preempted import wait_for
+from tests.chaos.faults import wait_for
+from tests.cluster.hosts import ALERT, Cluster, environment_of
 from tests.cluster.resized import EPOCHS, MOST, SAMPLES, Net, loader
 from tests.two_process.harness import Processes, run_here
 
@@ -71,9 +71,7 @@ def test_nodes_come_and_go(three: Processes, tmp_path: Path) -> None:
                 found.append(said)
         return found
 
-    settings = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5", "RAY_health_check_failure_threshold": "3",
-                "RAY_health_check_timeout_ms": "2000", "RAY_health_check_period_ms": "1000"}  # fmt: skip
-    with environment_of(**settings) as environment, Cluster(environment) as cluster:
+    with environment_of(**ALERT) as environment, Cluster(environment) as cluster:
         with subprocess.Popen([sys.executable, str(script)], cwd=script.parent, text=True,
                               env={**environment, "RAY_ADDRESS": cluster.address},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
@@ -90,7 +88,7 @@ def test_nodes_come_and_go(three: Processes, tmp_path: Path) -> None:
                 on(1)
                 joined = [cluster.join(), cluster.join()]
                 drained = next(each for each in on(3) if each["address"] in joined)
-                cluster.drain(drained["node"], notice_s=20)
+                cluster.drain(drained["address"], drained["node"], notice_s=20)
                 on(2)
                 cluster.lose(next(each for each in joined if each != drained["address"]))
                 on(1)
