@@ -261,6 +261,24 @@ def test_a_folder_of_its_own_is_shared_by_runs(trainer: Any, tmp_path: Path) -> 
     assert [len(result.best_checkpoints) for result in results] == [1, 1]
 
 
+def test_dirpath_may_be_a_uri(trainer: Any, tmp_path: Path) -> None:
+    uri = (tmp_path / "mine").as_uri()
+    callback = ModelCheckpoint(uri, monitor="val_loss", filename="{epoch}")
+    given: dict[str, Any] = {"name": "one", "resume": "auto"}
+    model = Net()
+    result = trainer(max_epochs=2, callbacks=[callback], **given).fit(model, numbers(), numbers(4, seed=1))
+    assert not os.path.exists(f"{result.path}/checkpoints") and callback.dirpath == uri
+    best = callback.best_model_path.split("/")[-2]
+    assert callback.best_model_path == f"{uri}/{best}/model.ckpt" and (tmp_path / "mine" / best).is_dir()
+    assert float(callback.best_model_score) == pytest.approx(by_hand(callback.best_model_path))
+    for path in (result.checkpoint, callback.last_model_path):
+        assert torch.equal(Net.load_from_checkpoint(path).w, model.w)
+    again, whole = Net(), Net()
+    trainer(callbacks=[ModelCheckpoint(uri, monitor="val_loss")], **given).fit(again, numbers(), numbers(4, seed=1))
+    trainer().fit(whole, numbers(), numbers(4, seed=1))
+    assert torch.equal(again.w, whole.w)
+
+
 def test_monitors_that_nobody_logs(trainer: Any) -> None:
     with pytest.raises(ConfigError, match=r"monitor='val_los'.*Did you mean 'val_loss'.*Logged are: train_loss, val"):
         trainer(callbacks=[ModelCheckpoint(monitor="val_los")]).fit(Net(), numbers(), numbers(2))
@@ -343,6 +361,24 @@ def test_resume_auto_begins_where_nothing_is_and_needs_a_name(trainer: Any) -> N
         trainer(resume="always", name="x")
 
 
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_the_next_start_sweeps_up_what_was_never_finished(trainer: Any, tmp_path: Path, epochs: int) -> None:
+    """Beside a whole checkpoint, and alone; what is not ours stays."""
+    place = tmp_path / "runs" / "one" / "checkpoints"
+    if epochs:
+        trainer(max_epochs=epochs, name="one").fit(Net(), numbers())
+    left = {"half": ["model.ckpt", "rank_00000.ckpt.partial"], "empty": [], "not ours": ["notes.txt"]}
+    for name, files in left.items():
+        (place / name).mkdir(parents=True)
+        for file in files:
+            (place / name / file).write_bytes(b"PK")
+    again, whole = Net(), Net()
+    result = trainer(name="one", resume="auto").fit(again, numbers())
+    trainer().fit(whole, numbers())
+    assert torch.equal(again.w, whole.w) and kept(result) == ["epoch=2-step=18"]
+    assert sorted(os.listdir(place)) == ["epoch=2-step=18", "not ours"]
+
+
 def test_a_damaged_newest_is_named_and_the_one_before_used(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     callback = ModelCheckpoint(save_top_k=-1)
     first = trainer(max_epochs=2, name="one", callbacks=[callback]).fit(Net(), numbers())
@@ -388,6 +424,45 @@ def test_after_a_fit_test_takes_the_best_and_says_so(trainer: Any, capsys: pytes
     assert fit.test(model, numbers(2), ckpt_path="last")[0]["test_w"] == pytest.approx(end)
     assert fit.test(model, numbers(2), ckpt_path="best")[0]["test_w"] == pytest.approx(best)
     assert fit.test(dataloaders=numbers(2), ckpt_path=callback.kth_best_model_path)[0]["test_w"] == pytest.approx(other)
+
+
+def test_where_no_best_is_kept_test_uses_the_current_weights_and_says_so(
+    trainer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Tested(Net):
+        def test_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("test_w", self.w.detach().reshape(()))
+
+    kinds: list[dict[str, Any]] = [
+        {}, {"callbacks": [ModelCheckpoint()]}, {"callbacks": [ModelCheckpoint(monitor="val_loss", save_top_k=0)]},
+        {"enable_checkpointing": False},
+    ]  # fmt: skip
+    for given in kinds:
+        fit = trainer(enable_progress_bar=True, **given)
+        fit.fit(Tested(), numbers(), numbers(4, seed=1))
+        fit.model.w.data.fill_(7.0)
+        capsys.readouterr()
+        assert fit.test(dataloaders=numbers(2)) == [{"test_w": 7.0}]
+        assert "test uses the model's current weights" in "".join(capsys.readouterr())
+
+
+def test_predict_uses_the_checkpoint_that_it_is_given(trainer: Any) -> None:
+    class Predicts(Net):
+        def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.w * torch.ones(1)
+
+    callback = ModelCheckpoint(monitor="val_loss", save_top_k=2)
+    fit = trainer(callbacks=[callback], name="one")
+    result = fit.fit(Predicts(), numbers(), numbers(4, seed=1))
+    best, other = callback.best_k_models
+    last = f"{result.checkpoint.path}/model.ckpt"
+    assert len({weight(path) for path in (best, other, last)}) >= 2
+    expected = {"best": best, "last": last, best: best, other: other, os.path.dirname(other): other}
+    for given, path in expected.items():
+        for maker in (fit, trainer(name="one")):  # of the fit before, and of the run of this name
+            model = Predicts(lr=9.0)
+            assert [float(each) for each in maker.predict(model, numbers(2), ckpt_path=given)] == [weight(path)]
+            assert float(model.w.detach()) == weight(path)
 
 
 def test_best_and_last_from_another_script(trainer: Any) -> None:
