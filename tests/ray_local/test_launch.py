@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+import raylit
+from raylit.checkpoint.folder import Folder
+from raylit.checkpoint.store import Store
 from raylit.errors import ResourceError, WorkerLostError
 from raylit.wire import Job, World
 
@@ -258,20 +261,59 @@ except KeyboardInterrupt:
 """
 
 
-def main_waits(job: Job, world: World, channel: Any) -> bytes:
-    import torch.distributed as dist
+TRAINING = """
+import sys
+sys.path[:0] = [{root!r}, {here!r}]
+import raylit
+from raylit.callbacks import ModelCheckpoint
+from {module} import Waits, batches
 
-    if world.global_rank == 1:
-        signal.pause()  # rank 0 is held in a collective, rank 1 in the system
-    dist.barrier()
-    return b""
+try:
+    raylit.Trainer(
+        num_workers=2, use_gpu=False, max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, storage_path={storage!r}, name="run",
+        callbacks=[ModelCheckpoint(every_n_train_steps=2)],
+    ).fit(Waits({storage!r}), batches())
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
 
 
-def script(tmp_path: Path, main: Callable[..., bytes]) -> list[str]:
+def batches() -> Any:
+    import torch
+
+    return [torch.ones(1, 1)] * 12
+
+
+class Waits(raylit.Module):
+    """On two workers the fifth step has no end: rank 0 is held in a collective, rank 1 in the system."""
+
+    def __init__(self, storage: str) -> None:
+        import torch
+
+        super().__init__()
+        self.layer, self.storage = torch.nn.Linear(1, 1), storage
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.world_size == 2 and self.global_step == 4:
+            while not list(Path(self.storage).glob("run/checkpoints/*-step=4/manifest.json")):
+                signal.sigtimedwait([], 0.05)  # it is written beside training
+            print("hello", flush=True)
+            if self.global_rank == 1:
+                signal.pause()
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self) -> Any:
+        import torch
+
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def script(tmp_path: Path, text: str, main: str = "") -> list[str]:
     path = tmp_path / "script.py"
     path.write_text(
-        textwrap.dedent(SCRIPT).format(
-            root=str(ROOT), here=str(HERE), module=MODULE, main=main.__name__, storage=str(tmp_path / "runs")
+        textwrap.dedent(text).format(
+            root=str(ROOT), here=str(HERE), module=MODULE, main=main, storage=str(tmp_path / "runs")
         )
     )
     return [sys.executable, str(path)]
@@ -295,12 +337,12 @@ def _state(folder: Path) -> bytes:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
-def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_process_and_the_last_checkpoint(tmp_path: Path) -> None:
     mark = f"RAYLIT_TEST_MARK={tmp_path}"
     environment = {**os.environ, "RAYLIT_TEST_MARK": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
-        script(tmp_path, main_waits),
+        script(tmp_path, TRAINING),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -310,30 +352,40 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     try:
-        hellos: list[str] = []
-        while len(hellos) < 2 and (line := process.stdout.readline()):
-            hellos.append(line)
-        if not all(line.startswith("hello") for line in hellos) or len(hellos) < 2:
-            process.kill()
-            pytest.fail(f"the script said {hellos}, and: {process.communicate()}")
+        said: list[str] = []
+        while sum("hello" in line for line in said) < 2:
+            said.append(process.stdout.readline())
+            if not said[-1]:
+                process.kill()
+                pytest.fail(f"the script said {said}, and: {process.communicate()}")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole foreground group gets it
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.communicate()
-    assert (out, err, process.returncode) == ("interrupted\n", "", 0)
+    run = tmp_path / "runs" / "run"
+    assert (out, process.returncode) == ("interrupted\n", 0)
+    assert err == f"interrupted after 0 epochs and 0 steps done; the run folder is {run}\n"
     # The raylet outlives its driver by a moment while it goes down in order.
     for _ in range(600):
         if not processes_with(mark):
             break
         signal.sigtimedwait([], 0.1)
     assert processes_with(mark) == []
+    store = Store(Folder(str(run / "checkpoints")))
+    assert [(each.step, store.faults(each)) for each in store.manifests()] == [(4, ())]
+    trainer = raylit.Trainer(
+        num_workers=0, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        storage_path=str(run.parent), name="run", resume="auto",
+    )  # fmt: skip
+    trainer.fit(Waits(str(run.parent)), batches())
+    assert trainer.global_step == 8  # four of two workers, and the four batches that were left
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are part of the message before 3.11")
 def test_an_uncaught_exception_is_at_most_15_lines(tmp_path: Path) -> None:
     done = subprocess.run(
-        script(tmp_path, main_raises), capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
+        script(tmp_path, SCRIPT, "main_raises"), capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
     )
     lines = done.stderr.splitlines()
     assert done.returncode == 1
