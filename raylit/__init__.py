@@ -20,6 +20,7 @@ from raylit.trainer import Trainer
 if TYPE_CHECKING:
     from raylit import callbacks, loggers, profilers, strategies
     from raylit import data as data
+    from raylit.search import Tuner as Tuner
 
 __version__ = "0.1.0"
 
@@ -31,8 +32,8 @@ Module._summarize = summarize
 LightningModule = Module
 LightningDataModule = DataModule
 
-__all__ = ["Callback", "DataModule", "LightningDataModule", "LightningModule", "Module", "Trainer", "__version__",
-           "callbacks", "loggers", "profilers", "seed_everything", "strategies"]  # fmt: skip
+__all__ = ["Callback", "DataModule", "LightningDataModule", "LightningModule", "Module", "Trainer", "Tuner",
+           "__version__", "callbacks", "loggers", "profilers", "seed_everything", "strategies"]  # fmt: skip
 
 _LAZY = ("callbacks", "data", "loggers", "profilers", "strategies")
 
@@ -40,4 +41,6 @@ _LAZY = ("callbacks", "data", "loggers", "profilers", "strategies")
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"raylit.{name}")
+    if name == "Tuner":
+        return importlib.import_module("raylit.search").Tuner
     raise AttributeError(f"module 'raylit' has no attribute {name!r}")

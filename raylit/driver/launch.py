@@ -248,7 +248,8 @@ def as_callers_error(raised: BaseException, workers: Mapping[int, tuple[str, int
         if packed and not (lost and all(map(is_consequence, packed))):
             return rebuild(first_cause(packed))
         if not lost:
-            return next(iter(failed.values()), raised)
+            other: BaseException = next(iter(failed.values()), raised)
+            return other
         taken = any(getattr(_death(e), "preempted", False) for e in lost.values())
         return _preempted(lost_error(lost, workers)) if taken else lost_error(lost, workers)
     cause: BaseException = raised.controller_failure if isinstance(raised, ControllerError) else raised

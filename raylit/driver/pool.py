@@ -141,7 +141,7 @@ def _start(key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[s
             .remote()
             for index in range(key[0])
         ]
-        actors, worlds, host = _ranked(actors, ray.get([actor.place.remote() for actor in actors]))
+        actors, worlds, host = ranked(actors, ray.get([actor.place.remote() for actor in actors]))
         _kept.append(_Pool(key, group, tuple(actors), tuple(worlds)))
         master = (host, ray.get(actors[0].free_port.remote()))
         backend = "nccl" if asked.get("GPU") else "gloo"
@@ -153,7 +153,7 @@ def _start(key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[s
         raise
 
 
-def _ranked(actors: list[Any], places: list[tuple[str, str, str]]) -> tuple[list[Any], list[World], str]:
+def ranked(actors: list[Any], places: list[tuple[str, str, str]]) -> tuple[list[Any], list[World], str]:
     """Ranks node by node, in the order in which the nodes first appear; also the address of rank 0."""
     nodes = list(dict.fromkeys(node for node, _, _ in places))
     order = sorted(range(len(actors)), key=lambda i: nodes.index(places[i][0]))

@@ -11,7 +11,7 @@ import os
 import secrets
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -393,6 +393,11 @@ def keeps_values(trainer: Trainer) -> bool:
 
 def merge_callbacks(trainer: Trainer, model: Module) -> list[Callback]:
     """The Trainer's callbacks with the Module's own; one of the same type is the Module's."""
+    return joined_callbacks(trainer._config.fit.callbacks, model)
+
+
+def joined_callbacks(given: Sequence[Callback], model: Module) -> list[Callback]:
+    """Those that were ``given`` with the Module's own; one of the same type is the Module's."""
     own = model.configure_callbacks() or []
     own = [own] if isinstance(own, Callback) else list(own)
     for callback in own:
@@ -400,7 +405,7 @@ def merge_callbacks(trainer: Trainer, model: Module) -> list[Callback]:
             raise HookError(
                 f"configure_callbacks returned a {type(callback).__name__}; it must be raylit.Callback objects"
             )
-    kept = [c for c in trainer._config.fit.callbacks if type(c) not in {type(o) for o in own}]
+    kept = [c for c in given if type(c) not in {type(o) for o in own}]
     return kept + own
 
 

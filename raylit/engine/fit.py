@@ -56,6 +56,7 @@ from raylit.engine.walk import IDLE, NOTHING, Walk
 from raylit.errors import CheckpointError, DataError, OptimizerError
 from raylit.metrics.place import BATCH_TRAIN, EPOCH_TRAIN, NO_EPOCH
 from raylit.optim.plan import OptimPlan, parse_optimizers
+from raylit.optim.rebase import options_of, rebase
 from raylit.ports import Collective, LoaderLike, RunSnapshot
 from raylit.seed import get_random_state, set_random_state
 from raylit.stage import Loop, SafePoint
@@ -91,6 +92,7 @@ class Fit:
         # A validation that is under way is not kept: it runs anew, from where it began.
         self._validation_notices = NoticeWatch.of(parts, lambda: take(self, at_safe_point=False))
         self.plan = OptimPlan()
+        self.options: dict[str, Any] = {}  # that optimizers and schedulers were made with
 
     def run(self) -> None:
         """Train until a limit is reached or someone asks to stop."""
@@ -102,8 +104,10 @@ class Fit:
         self._handle.begin_training(self.plan, self._train)
         parts.metrics.place = NO_EPOCH
         self._call("on_pretrain_routine_start")
+        self.options = options_of(state.optimizers, state.lr_schedulers)
         if parts.saved is not None:
             apply(parts.saved.common, state)
+            self.rebase(parts.saved)
         self._call("on_pretrain_routine_end")
         self._ask_for_loader()
         if self._validation.possible:
@@ -228,6 +232,12 @@ class Fit:
             self._loader.load_state_dict(states["train"], within)
             for loader, state in zip(self._val_loaders, states["validate"]):
                 loader.load_state_dict(state, False)
+
+    def rebase(self, saved: Saved) -> None:
+        """Where a search goes on from another trial's state: its own learning rates and other options."""
+        before = saved.extra.get("options")
+        if self._parts.rebased and before is not None:
+            rebase(self._parts.state.optimizers, self._parts.state.lr_schedulers, self.options, before)
 
     def _open(self, half: Position | None) -> Walk:
         """Open the epoch's loader; for a half-done epoch, put everything as it was at this point."""

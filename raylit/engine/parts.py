@@ -99,6 +99,8 @@ class Parts:
     notices: Notices | None = None
     # elastic runs: seeds this process for (epoch, step of the epoch, share of its data)
     reseed: Callable[[int, int, int], None] | None = None
+    # hyperparameters of optimizers and schedulers are those of configure_optimizers now, not those of ``saved``
+    rebased: bool = False
     # the state at the end is wanted
     keeps_last: bool = False
     # each submodule's mode before the evaluation that runs

@@ -80,6 +80,7 @@ def take(fit: Fit, *, at_safe_point: bool, weights_only: bool = False) -> RunSna
         "world_size": state.world.world_size,
         "shares": state.world.shares_of_a_step,
         "order_seed": parts.order_seed,
+        "options": fit.options,
         "precision": to_cpu(parts.precision.state_dict()),
         "frozen": [name for name, parameter in parts.module.named_parameters() if not parameter.requires_grad],
         "evaluating": _evaluating(parts),
@@ -172,6 +173,7 @@ def restore(fit: Fit, saved: Saved) -> None:
     extra, own = saved.extra, saved.own
     load_weights(saved.common, parts.module)
     apply_optimizers(saved.common, state)
+    fit.rebase(saved)
     if "frozen" in extra:
         frozen, evaluating = set(extra["frozen"]), set(extra["evaluating"])
         for name, parameter in parts.module.named_parameters():

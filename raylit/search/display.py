@@ -1,0 +1,112 @@
+"""A search's table in the terminal, kept up to date by what Tune calls. Floor 6, on the driver."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import cloudpickle
+from rich.console import Console
+from rich.live import Live
+
+from raylit.search.table import Goal, Row, line, table, varied
+
+_OWN = ("epoch", "step", "done", "finished")  # what a report has beside metrics
+
+
+class SearchDisplay:
+    """Rows of all trials; a live table where somebody looks at a terminal, else a line for each trial that ends."""
+
+    def __init__(self, goal: Goal, total: int | None, others: tuple[str, ...] = (), enabled: bool = True) -> None:
+        self.goal, self.total = goal, total
+        self.rows: dict[str, Row] = {}
+        self._others, self._enabled = others, enabled
+        self._live: Live | None = None
+        self._began: dict[str, float] = {}
+
+    def __enter__(self) -> SearchDisplay:
+        if self._enabled and sys.stderr.isatty():
+            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # -- called by Tune ------------------------------------------------------------------------------------------
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._row(trial).status = "running"
+        self._began.setdefault(trial.trial_id, time.monotonic())
+        self._draw()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        row = self._row(trial)
+        row.status, row.epoch = "running", int(result.get("epoch", row.epoch))
+        row.metrics = {name: float(value) for name, value in result.items()
+                       if isinstance(value, (int, float)) and name not in _OWN}  # fmt: skip
+        row.seconds = float(result.get("time_total_s", row.seconds))
+        self._draw()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        row = self._row(trial)
+        row.status = "done" if (trial.last_result or {}).get("finished") else "stopped"
+        self._ended(row)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        row = self._row(trial)
+        row.status, row.reason = "failed", reason_of(trial)
+        self._ended(row)
+
+    # -- showing -------------------------------------------------------------------------------------------------
+    def _row(self, trial: Any) -> Row:
+        row = self.rows.setdefault(trial.trial_id, Row(trial.trial_id, dict(trial.config)))
+        row.config = dict(trial.config)  # PBT changes it
+        return row
+
+    def _ended(self, row: Row) -> None:
+        if self._enabled and self._live is None:
+            print(line(row, self.goal, varied(list(self.rows.values()))), flush=True)
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._live is not None:
+            self._live.update(table(list(self.rows.values()), self.goal, self.total, self._others))
+
+
+_CALLS = ("on_trial_start", "on_trial_result", "on_trial_complete", "on_trial_error")
+
+
+def as_callback(display: SearchDisplay) -> Any:
+    """A callback of Tune's that passes on what the display listens to."""
+    from ray import tune
+
+    calls = {name: staticmethod(getattr(display, name)) for name in _CALLS}
+    # Tune keeps its callbacks with the search's state; a terminal does not travel, nor is it wanted back.
+    return type("SearchCallback", (tune.Callback,), {**calls, "__reduce__": lambda self: (_nobody, ())})()
+
+
+def _nobody() -> Any:
+    from ray import tune
+
+    return tune.Callback()
+
+
+def reason_of(trial: Any) -> str:
+    """Why a trial failed: the exception's type and first line, as Tune has just written it down."""
+    try:
+        with open(trial.pickled_error_file, "rb") as file:
+            return worded(cloudpickle.load(file))
+    except (OSError, TypeError):  # none was written: the trial's process is gone
+        return "its process ended"
+
+
+def worded(error: BaseException) -> str:
+    """An exception of a trial in one line; Ray's own is taken off."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__

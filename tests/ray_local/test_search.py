@@ -1,0 +1,192 @@
+"""Searches on Ray Tune: what a trial is, what stays of it, what happens when one fails; none waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ray import tune
+from torch.utils.data import DataLoader, TensorDataset
+
+import raylit
+from raylit.errors import ConfigError, ResourceError
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_session")]
+
+
+class Net(raylit.Module):
+    """``fails``: raises in its second epoch; ``dies``: its process is killed there, once."""
+
+    def __init__(self, lr: float = 0.1, hidden: int = 4, fails: bool = False, dies: str = "") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, hidden), torch.nn.Dropout(0.2), torch.nn.Linear(hidden, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.current_epoch == 1 and self.hparams.fails:
+            raise ValueError("this one fails")
+        if self.current_epoch == 1 and self.hparams.dies and not Path(self.hparams.dies).exists():
+            Path(self.hparams.dies).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
+
+
+class Data(raylit.DataModule):
+    def __init__(self, batch_size: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def loader(self, first: int, last: int) -> Any:
+        x = torch.arange(120.0).reshape(40, 3).sin()[first:last]
+        data = TensorDataset(x, x.sum(1, keepdim=True))
+        return DataLoader(data, batch_size=self.hparams.batch_size, shuffle=first == 0)
+
+    def train_dataloader(self) -> Any:
+        return self.loader(0, 32)
+
+    def val_dataloader(self) -> Any:
+        return self.loader(32, 40)
+
+
+BY_LOSS: dict[str, Any] = {"metric": "val_loss", "mode": "min"}
+
+
+def trainer(workers: int = 1, **given: Any) -> raylit.Trainer:
+    return raylit.Trainer(num_workers=workers, max_epochs=3, seed=3, logger=False, enable_progress_bar=False,
+                          enable_model_summary=False, use_gpu=False, **given)  # fmt: skip
+
+
+def search(
+    folder: Path, space: dict[str, Any], workers: int = 1, tune_config: Any = None, **given: Any
+) -> raylit.Tuner:
+    return raylit.Tuner(
+        Net, param_space=space, trainer=trainer(workers, storage_path=str(folder), name="search"),
+        tune_config=tune_config or tune.TuneConfig(**BY_LOSS), datamodule=Data(), **given,
+    )  # fmt: skip
+
+
+def validated(checkpoint: Any) -> float:
+    model = Net.load_from_checkpoint(checkpoint)
+    return float(trainer(0).validate(model, datamodule=Data())[0]["val_loss"])
+
+
+def test_what_a_search_gives(tmp_path: Path) -> None:
+    """Four trials of one worker on two CPUs, one of which fails: Ray Train's own recipe waits for ever here."""
+    space = {"lr": tune.grid_search([0.01, 0.05]), "hidden": 3, "fails": tune.grid_search([False, True]),
+             "data.batch_size": 8}  # fmt: skip
+    results = search(tmp_path, space).fit()
+    assert len(results) == 4 and len(results.errors) == 2
+    assert all("this one fails" in str(error) for error in results.errors)
+    for result in results:
+        folder = Path(result.path)
+        saved = yaml.safe_load((folder / "hparams.yaml").read_text())
+        own = {key: value for key, value in result.config.items() if "." not in key}
+        assert {key: saved[key] for key in own} == own and saved["batch_size"] == 8
+        assert result.checkpoint is not None  # of a failed one too: the state of its last report
+        model = Net.load_from_checkpoint(result.checkpoint)
+        assert {key: model.hparams[key] for key in own} == own
+        assert validated(result.checkpoint) == pytest.approx(result.metrics["val_loss"], rel=1e-5)
+        assert result.metrics["epoch"] == (1 if result.config["fails"] else 3)
+    best = results.get_best_result()
+    table = results.get_dataframe()
+    assert best.metrics["val_loss"] == table["val_loss"].min() and set(table["config/lr"]) == {0.01, 0.05}
+
+
+def test_a_trial_is_the_run_of_its_configuration_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    best = search(tmp_path, {"lr": 0.05, "hidden": 3}).fit().get_best_result()
+    torch.set_rng_state(state)
+    model = Net(lr=0.05, hidden=3)
+    result = trainer(0, storage_path=str(tmp_path / "alone")).fit(model, datamodule=Data())
+    theirs = Net.load_from_checkpoint(best.checkpoint).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+    assert {name: best.metrics[name] for name in result.metrics} == result.metrics
+
+
+def test_trials_of_two_workers_on_two_cpus_come_one_after_the_other(tmp_path: Path) -> None:
+    results = search(tmp_path, {"lr": tune.grid_search([0.01, 0.05, 0.1])}, workers=2).fit()
+    assert not results.errors and len(results) == 3
+    for result in results:
+        files = sorted(os.listdir(result.checkpoint.path))
+        assert {"model.ckpt", "rank_00000.ckpt", "rank_00001.ckpt"} <= set(files)
+        assert validated(result.checkpoint) == pytest.approx(result.metrics["val_loss"], rel=1e-5)
+
+
+def test_a_killed_trial_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """With FailureConfig; the mark is not a hyperparameter that training depends on."""
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    whole = search(tmp_path / "whole", {"lr": 0.05, "dies": ""}).fit()[0]
+    torch.set_rng_state(state)
+    mark = tmp_path / "mark"
+    run_config = tune.RunConfig(failure_config=tune.FailureConfig(max_failures=1))
+    killed = search(tmp_path / "killed", {"lr": 0.05, "dies": str(mark)}, run_config=run_config, dry_run=False).fit()[0]
+    assert mark.exists() and killed.error is None
+    mine, theirs = (Net.load_from_checkpoint(each.checkpoint).state_dict() for each in (killed, whole))
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+
+
+def test_schedulers_stop_and_clone(tmp_path: Path) -> None:
+    halving = tune.schedulers.ASHAScheduler(max_t=3, grace_period=1, reduction_factor=2)
+    asha = tune.TuneConfig(**BY_LOSS, scheduler=halving)
+    results = search(tmp_path / "asha", {"lr": tune.grid_search([0.05, 1e-6, 1e-7, 1e-8])}, tune_config=asha).fit()
+    epochs = {result.config["lr"]: result.metrics["epoch"] for result in results}
+    assert epochs[0.05] == 3 and min(epochs.values()) < 3
+    for result in results:  # a stopped one has a usable checkpoint of its last numbers
+        assert validated(result.checkpoint) == pytest.approx(result.metrics["val_loss"], rel=1e-5)
+    pbt = tune.schedulers.PopulationBasedTraining(
+        time_attr="training_iteration", perturbation_interval=1, quantile_fraction=0.5, resample_probability=0.0,
+        hyperparam_mutations={"lr": [0.08, 0.0]},
+    )  # fmt: skip
+    config = tune.TuneConfig(**BY_LOSS, scheduler=pbt)
+    results = search(tmp_path / "pbt", {"lr": tune.grid_search([0.08, 0.0])}, tune_config=config).fit()
+    assert not results.errors
+    for result in results:
+        saved = torch.load(Path(result.checkpoint.path) / "model.ckpt", weights_only=True)
+        assert saved["hyper_parameters"]["lr"] == result.config["lr"]
+        assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == result.config["lr"]
+
+
+def test_what_is_found_before_a_trial_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"metric='val_los'.*Did you mean 'val_loss'\?.*Logged are: loss, val_loss"):
+        search(tmp_path, {"lr": 0.1}, tune_config=tune.TuneConfig(metric="val_los", mode="min")).fit()
+    fails = type("Fails", (Net,), {"on_train_start": _raises})
+    tuner = raylit.Tuner(fails, param_space={"lr": 0.1}, datamodule=Data(), trainer=trainer(storage_path=str(tmp_path)))
+    with pytest.raises(ValueError, match="this one fails"):
+        tuner.fit()
+    with pytest.raises(ResourceError, match="no trial of this search could ever run: num_workers=3 needs 3 x"):
+        search(tmp_path, {"lr": 0.1}, workers=3).fit()
+    assert not list(tmp_path.iterdir())
+
+
+def _raises(self: Any) -> None:
+    raise ValueError("this one fails")
+
+
+def test_a_search_is_taken_up_and_finished_trials_are_not_run_again(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    space = {"lr": tune.grid_search([0.01, 0.05]), "dies": str(mark)}
+    one_at_a_time = tune.TuneConfig(**BY_LOSS, max_concurrent_trials=1)
+    first = search(tmp_path, space, dry_run=False, tune_config=one_at_a_time).fit()
+    assert len(first.errors) == 1  # the first trial's process was killed, the second one went through
+    done = next(result for result in first if result.error is None)
+    before = (Path(done.path) / "result.json").read_text()
+    taken_up = raylit.Tuner.restore(first.experiment_path, Net, param_space=space, trainer=trainer(), datamodule=Data())
+    again = taken_up.fit()
+    assert not again.errors and len(again) == 2
+    assert (Path(done.path) / "result.json").read_text() == before
+    assert [result.metrics["epoch"] for result in again] == [3, 3]
