@@ -105,19 +105,27 @@ class CheckpointKeeper:
     def _look(self, keeping: _Keeping) -> tuple[list[str], list[tuple[str, float | None]]]:
         """Names in use, and this callback's checkpoints in this run; sweeps up what was never finished."""
         store, callback = keeping.store, keeping.callback
-        names, mine = [], []
+        names: list[str] = []
+        mine: list[Manifest] = []
+        whole: list[tuple[str, float | None]] = []
         try:
             for found in store.survey():
                 manifest = found.manifest
                 if manifest is None and callback.own_folder is None and store.sweep(found.name):
                     continue
                 names.append(found.name)
-                own = manifest is not None and (manifest.keeper, manifest.run) == (callback.state_key, self._run)
-                if own and manifest is not None and not store.faults(manifest, deep=False):
-                    mine.append((found.name, manifest.score))
+                if manifest is not None and (manifest.keeper, manifest.run) == (callback.state_key, self._run):
+                    mine.append(manifest)
+            # The state that this run goes on from was read to its end. One of the same step or a later one may have
+            # been passed over because it is damaged.
+            here = self._state.global_step
+            for manifest in mine:
+                seen = manifest.step < here or [each.step for each in mine if each.step >= here] == [here]
+                if not store.faults(manifest, deep=not seen):
+                    whole.append((manifest.name, manifest.score))
         except OSError as error:
             self._parts.output.note(f"the checkpoints in {store.folder.path} cannot be looked at: {error}")
-        return names, mine
+        return names, whole
 
     def close(self) -> None:
         """Let the save in flight come to its end; after an exception too, and without the other ranks."""

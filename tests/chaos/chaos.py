@@ -207,10 +207,9 @@ def differences(run: Run, folder: Path, reference: Reference) -> list[str]:
         found.append(f"checkpoints {_kept(folder)}, not {reference.kept}")
     store = _store(folder)
     for each in store.survey():
-        faults = each.faults or store.faults(each.manifest) if each.manifest else each.faults
-        named = {Path(facts[name]).parent.name: name for name in ("best", "last")}
-        if faults and (each.name != damaged.get("name") or each.name in named):
-            found.append(f"{named.get(each.name, 'the')} checkpoint {each.name}: {'; '.join(faults)}")
+        faults = store.faults(each.manifest) if each.manifest else each.faults
+        if faults and (each.name != damaged.get("name") or each.name in facts["kept"]):
+            found.append(f"the checkpoint {each.name}: {'; '.join(faults)}")
     return found
 
 

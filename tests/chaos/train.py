@@ -102,7 +102,8 @@ def main() -> None:
     trainer.fit(model, *loaders())
     torch.save(dict(model.state_dict()), folder / "weights.pt")
     pyarrow.feather.write_feather(trainer.history, str(folder / "history.arrow"))
-    leave(folder, "facts", best=callback.best_model_path, last=callback.last_model_path, steps=trainer.global_step)
+    kept = [callback.last_model_path, *callback.best_k_models]
+    leave(folder, "facts", kept=[Path(each).parent.name for each in kept], steps=trainer.global_step)
 
 
 if __name__ == "__main__":

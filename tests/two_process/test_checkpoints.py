@@ -94,6 +94,20 @@ def test_an_attempt_that_ended_goes_on_to_the_bit(
     assert left[0] == left[1]
 
 
+def test_a_damaged_checkpoint_that_was_passed_over_is_none_of_the_best(two: Processes, tmp_path: Path) -> None:
+    callbacks, given = [{"every_n_train_steps": 4, "monitor": "val", "save_top_k": 9}], {"max_epochs": 3}
+    with pytest.raises(RankFailed, match="the end of this attempt"):
+        two(case, str(tmp_path), callbacks, given, 13)
+    damaged = tmp_path / "checkpoints" / "epoch=1-step=12"
+    data = (damaged / "model.ckpt").read_bytes()
+    (damaged / "model.ckpt").write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])  # of the same size
+    ranks = two(case, str(tmp_path), callbacks, given)
+    assert any(text.startswith("going on from step 6:") for text in ranks[0][2])
+    for _, (told,), _ in ranks:
+        best = [Path(path).parent.name for path in told["best_k_models"]]
+        assert sorted(best) == ["epoch=0-step=6", "epoch=1-step=12-v1", "epoch=2-step=18"]
+
+
 def full_case(rank: int, world_size: int, storage: str, no_note: bool) -> Any:
     """Rank 1's disk is full for the second checkpoint; ``no_note``: so full that it cannot even tell rank 0."""
     written, left = Writer._write, Writer._leave_note
