@@ -15,7 +15,7 @@ from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.store import Store
 from raylit.trainer import RunInterrupted
 from raylit.view import RunState
-from raylit.worker.signals import interrupts_held
+from raylit.worker.signals import GRACE_S, interrupts_held
 from tests.contract.resuming import Net, assert_same, shuffled
 from tests.contract.test_resume_trainer import fit, whole_state
 
@@ -83,6 +83,7 @@ def test_a_batch_that_takes_too_long_is_not_waited_for(number: signal.Signals) -
 
 
 def test_a_batch_that_ends_in_time_is_waited_for() -> None:
+    assert GRACE_S == 5.0  # as the page says
     state = RunState()
     state.holds_interrupts = True
     with interrupts_held(state, grace_s=60.0):

@@ -6,6 +6,7 @@ Lightning is imported by the first test that asks for it, and its own warnings a
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,9 +90,14 @@ def classes(module: type[Any], datamodule: type[Any]) -> tuple[type[Any], type[A
 @pytest.fixture(scope="module")
 def lightning() -> Iterator[Any]:
     """The package, with ``Net`` and ``Data`` made for it, and its Trainer's ``run`` without its warnings."""
+    worded, environment = warnings.formatwarning, dict(os.environ)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pytorch_lightning as pl
+    # Lightning changes both for the whole process.
+    warnings.formatwarning = worded
+    os.environ.clear()
+    os.environ.update(environment)
 
     def run(entry: str, folder: Path, model: Any, *data: Any, ckpt_path: Any = None, **given: Any) -> None:
         with warnings.catch_warnings():
