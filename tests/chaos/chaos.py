@@ -96,8 +96,8 @@ def disturbed(run: Run, cluster: Cluster, folder: Path, reference: Reference) ->
             try:
                 _from_outside(run, cluster, folder, lambda: process.poll() is not None)
                 process.wait(_HANGS_S)
-            except subprocess.TimeoutExpired:
-                outcome.problems.append(f"it hangs: no end within {_HANGS_S:g} s")
+            except (TimeoutError, subprocess.TimeoutExpired) as error:
+                outcome.problems.append(f"it hangs: {error}")
             finally:
                 process.kill()
         if process.returncode != 0:
