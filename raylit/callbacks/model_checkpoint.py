@@ -184,6 +184,10 @@ class ModelCheckpoint(Callback):
         name = _FIELD.sub(one, template).replace("/", "_").replace("\\", "_")
         return name if ver is None else f"{name}{self.CHECKPOINT_JOIN_CHAR}v{ver}"
 
+    def is_version(self, name: str, plain: str) -> bool:
+        """Tell whether a folder has the name ``plain``, with or without a version behind it."""
+        return re.fullmatch(rf"{re.escape(plain)}({re.escape(self.CHECKPOINT_JOIN_CHAR)}v\d+)?", name) is not None
+
     # -- in checkpoints ------------------------------------------------------------------------------------------
     @property
     def state_key(self) -> str:

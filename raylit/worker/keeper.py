@@ -317,8 +317,9 @@ class CheckpointKeeper:
             version += 1
             name = callback.format_checkpoint_name(values, ver=version)
         decision = decide(rules, keeping.kept, name, metrics.get(callback.monitor or ""), at_end=at_end)
-        if not callback.enable_version_counter and name != plain and plain in decision.kept.names:
-            decision = replace(decision, kept=decision.kept.without(plain), delete=(*decision.delete, plain))
+        if decision.save and not callback.enable_version_counter:
+            for earlier in (each for each in decision.kept.names if each != name and callback.is_version(each, plain)):
+                decision = replace(decision, kept=decision.kept.without(earlier), delete=(*decision.delete, earlier))
         spare, whole = keeping.spare, point is not SafePoint.PREEMPTION and not callback.save_weights_only
         if decision.save and whole and spare is not None and decision.kept.last == spare:
             decision = replace(decision, kept=replace(decision.kept, last=None), delete=(*decision.delete, spare))

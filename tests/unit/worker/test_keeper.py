@@ -98,11 +98,15 @@ def test_by_the_time_since_the_last_one(given: dict[str, Any]) -> None:
 
 # -- names ------------------------------------------------------------------------------------------------------------
 def test_of_one_name_without_a_version_counter_the_earlier_goes_once_the_later_is_whole() -> None:
-    for counter, kept in ((True, ["only", "only-v1"]), (False, ["only-v1"])):
-        fit = ScriptedFit(ModelCheckpoint(
-            filename="only", every_n_train_steps=1, save_top_k=-1, save_last=False, enable_version_counter=counter,
-        ))  # fmt: skip
-        assert fit.at(1.0) == ["only"] and fit.at(2.0) == ["only-v1"] and fit.names == kept
+    given: dict[str, Any] = {"filename": "only", "every_n_train_steps": 1, "save_last": False}
+    for rule in ({"save_top_k": -1}, {"save_top_k": 3, "monitor": "loss"}):
+        fit = ScriptedFit(ModelCheckpoint(enable_version_counter=False, **rule, **given))
+        for step, loss in enumerate((0.6, 0.5, 0.4, 0.3, 0.2, 0.1)):
+            (added,) = fit.at(float(step), loss=loss)
+            assert fit.names == [added]
+    counted = ScriptedFit(ModelCheckpoint(save_top_k=-1, **given))
+    assert [counted.at(float(step)) for step in range(3)] == [["only"], ["only-v1"], ["only-v2"]]
+    assert counted.names == ["only", "only-v1", "only-v2"]
 
 
 def test_a_fixed_name_is_never_written_over_in_place() -> None:
