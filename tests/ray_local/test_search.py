@@ -141,6 +141,8 @@ def test_a_killed_trial_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_schedulers_stop_and_clone(tmp_path: Path) -> None:
+    from ray.tune.schedulers.pb2 import PB2
+
     halving = tune.schedulers.ASHAScheduler(max_t=3, grace_period=1, reduction_factor=2)
     asha = tune.TuneConfig(**BY_LOSS, scheduler=halving)
     results = search(tmp_path / "asha", {"lr": tune.grid_search([0.05, 1e-6, 1e-7, 1e-8])}, tune_config=asha).fit()
@@ -152,13 +154,18 @@ def test_schedulers_stop_and_clone(tmp_path: Path) -> None:
         time_attr="training_iteration", perturbation_interval=1, quantile_fraction=0.5, resample_probability=0.0,
         hyperparam_mutations={"lr": [0.08, 0.0]},
     )  # fmt: skip
-    config = tune.TuneConfig(**BY_LOSS, scheduler=pbt)
-    results = search(tmp_path / "pbt", {"lr": tune.grid_search([0.08, 0.0])}, tune_config=config).fit()
-    assert not results.errors
-    for result in results:
-        saved = torch.load(Path(result.checkpoint.path) / "model.ckpt", weights_only=True)
-        assert saved["hyper_parameters"]["lr"] == result.config["lr"]
-        assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == result.config["lr"]
+    bandit = PB2(
+        time_attr="training_iteration", perturbation_interval=1, quantile_fraction=0.5,
+        hyperparam_bounds={"lr": [0.001, 0.08]},
+    )  # fmt: skip
+    for name, scheduler, worse in (("pbt", pbt, 0.0), ("pb2", bandit, 0.001)):
+        config = tune.TuneConfig(**BY_LOSS, scheduler=scheduler)
+        results = search(tmp_path / name, {"lr": tune.grid_search([0.08, worse])}, tune_config=config).fit()
+        assert not results.errors
+        for result in results:
+            saved = torch.load(Path(result.checkpoint.path) / "model.ckpt", weights_only=True)
+            assert saved["hyper_parameters"]["lr"] == result.config["lr"]
+            assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(result.config["lr"])
 
 
 def test_what_is_found_before_a_trial_starts(tmp_path: Path) -> None:
@@ -190,3 +197,25 @@ def test_a_search_is_taken_up_and_finished_trials_are_not_run_again(tmp_path: Pa
     assert not again.errors and len(again) == 2
     assert (Path(done.path) / "result.json").read_text() == before
     assert [result.metrics["epoch"] for result in again] == [3, 3]
+
+
+def test_searchers_and_schedulers_that_pause(tmp_path: Path) -> None:
+    """Optuna with a point to begin with and a nested space; HyperBand, which pauses trials; median stopping."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    searcher = OptunaSearch(points_to_evaluate=[{"lr": 0.07, "hidden": 2}], seed=1)
+    config = tune.TuneConfig(**BY_LOSS, num_samples=3, search_alg=searcher)
+    results = search(tmp_path / "optuna", {"lr": tune.uniform(0.01, 0.1), "hidden": tune.randint(2, 5)},
+                     tune_config=config).fit()  # fmt: skip
+    configs = [result.config for result in results]
+    assert not results.errors and {"lr": 0.07, "hidden": 2} in configs and len({each["lr"] for each in configs}) == 3
+    for result in results:
+        assert dict(Net.load_from_checkpoint(result.checkpoint).hparams)["lr"] == result.config["lr"]
+    pauses = tune.schedulers.HyperBandScheduler(max_t=3, reduction_factor=3)
+    rates = {"lr": tune.grid_search([0.05, 0.02, 1e-7])}
+    paused = search(tmp_path / "hyperband", rates, tune_config=tune.TuneConfig(**BY_LOSS, scheduler=pauses)).fit()
+    assert not paused.errors and paused.get_best_result().metrics["epoch"] == 3
+    assert validated(paused.get_best_result().checkpoint) == pytest.approx(paused.get_best_result().metrics["val_loss"])
+    median = tune.schedulers.MedianStoppingRule(grace_period=1, min_samples_required=2)
+    stopped = search(tmp_path / "median", rates, tune_config=tune.TuneConfig(**BY_LOSS, scheduler=median)).fit()
+    assert not stopped.errors and all(result.checkpoint is not None for result in stopped)
