@@ -18,7 +18,7 @@ from raylit.summary import summarize
 from raylit.trainer import Trainer
 
 if TYPE_CHECKING:
-    from raylit import callbacks, loggers, profilers, strategies
+    from raylit import callbacks, loggers, plots, profilers, strategies
     from raylit import data as data
     from raylit.search import Tuner as Tuner
 
@@ -33,9 +33,9 @@ LightningModule = Module
 LightningDataModule = DataModule
 
 __all__ = ["Callback", "DataModule", "LightningDataModule", "LightningModule", "Module", "Trainer", "Tuner",
-           "__version__", "callbacks", "loggers", "profilers", "seed_everything", "strategies"]  # fmt: skip
+           "__version__", "callbacks", "loggers", "plots", "profilers", "seed_everything", "strategies"]  # fmt: skip
 
-_LAZY = ("callbacks", "data", "loggers", "profilers", "strategies")
+_LAZY = ("callbacks", "data", "loggers", "plots", "profilers", "strategies")
 
 
 def __getattr__(name: str) -> Any:
