@@ -12,6 +12,7 @@ from rich.live import Live
 
 from raylit.search.table import Goal, Row, line, table, varied
 
+_listening: list[SearchDisplay] = []  # those of the searches that run in this process
 _OWN = ("epoch", "step", "done", "finished")  # what a report has beside metrics
 
 
@@ -26,12 +27,14 @@ class SearchDisplay:
         self._began: dict[str, float] = {}
 
     def __enter__(self) -> SearchDisplay:
+        _listening.append(self)
         if self._enabled and sys.stderr.isatty():
-            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+            self._live = Live(console=Console(stderr=True), refresh_per_second=4)
             self._live.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
+        _listening.remove(self)
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -86,14 +89,15 @@ def as_callback(display: SearchDisplay) -> Any:
     from ray import tune
 
     calls = {name: staticmethod(getattr(display, name)) for name in _CALLS}
-    # Tune keeps its callbacks with the search's state; a terminal does not travel, nor is it wanted back.
-    return type("SearchCallback", (tune.Callback,), {**calls, "__reduce__": lambda self: (_nobody, ())})()
+    # Tune keeps its callbacks with the search's state. A terminal does not travel: a search that is taken up is shown
+    # where that happens.
+    return type("SearchCallback", (tune.Callback,), {**calls, "__reduce__": lambda self: (_present, ())})()
 
 
-def _nobody() -> Any:
+def _present() -> Any:
     from ray import tune
 
-    return tune.Callback()
+    return as_callback(_listening[-1]) if _listening else tune.Callback()
 
 
 def reason_of(trial: Any) -> str:

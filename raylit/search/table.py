@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 _MOST_ROWS = 16
 _MOST_COLUMNS = 8  # of hyperparameters
@@ -113,9 +115,9 @@ def title(rows: Sequence[Row], goal: Goal, total: int | None) -> str:
     return ", ".join(parts)
 
 
-def table(rows: Sequence[Row], goal: Goal, total: int | None, others: Sequence[str] = ()) -> Table:
-    """The trials, those that run and the best ones first. ``others``: more metrics to show."""
-    shown = Table(title=title(rows, goal, total), title_justify="left", title_style="", box=None, pad_edge=False)
+def table(rows: Sequence[Row], goal: Goal, total: int | None, others: Sequence[str] = ()) -> Group:
+    """How far the search is, and the trials: those that run, then the best. ``others``: metrics to show too."""
+    shown = Table(box=None, pad_edge=False)
     keys = varied(rows)[:_MOST_COLUMNS]
     metrics = [name for name in dict.fromkeys([goal.metric, *others]) if name is not None]
     for name in ("trial", "status", *keys, "epoch", *metrics, "time"):
@@ -127,7 +129,7 @@ def table(rows: Sequence[Row], goal: Goal, total: int | None, others: Sequence[s
         numbers = [number(row.metrics[name]) if name in row.metrics else "" for name in metrics]
         style = "bold green" if row is best else "red" if row.status == "failed" else ""
         shown.add_row(row.trial, row.status, *values, str(row.epoch), *numbers, clock(row.seconds), style=style)
-    return shown
+    return Group(Text(title(rows, goal, total), no_wrap=True, overflow="ellipsis"), shown)
 
 
 def ordered(rows: Sequence[Row], goal: Goal) -> list[Row]:

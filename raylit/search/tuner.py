@@ -137,6 +137,9 @@ class Tuner:
         from raylit.search.trainable import trainable
 
         placement = self._config.placement
+        if self._config.fit.enable_progress_bar:
+            over = ", ".join(self._space) or "what the search algorithm draws"
+            print(f"searching over {over}: Ray starts", flush=True)
         cluster.connect(placement.runtime_env)
         spec.use_gpu = self._with_gpu()
         spec.bundle = cluster.per_worker(placement.resources_per_worker, bool(spec.use_gpu))
@@ -252,15 +255,17 @@ class Tuner:
     @classmethod
     def restore(
         cls, path: str, module_class: type[Module], *, param_space: Mapping[str, Any], trainer: Trainer,
-        datamodule: Any = None, resume_errored: bool = True, restart_errored: bool = False,
+        tune_config: tune.TuneConfig | None = None, datamodule: Any = None, resume_errored: bool = True,
+        restart_errored: bool = False,
     ) -> Tuner:  # fmt: skip
         """Take up a search whose driver, or whose cluster, was lost; ``fit()`` then goes on with it.
 
         ``path``: the search's folder (``results.experiment_path``). Finished trials are not run again, unfinished ones
         go on from their newest checkpoint, failed ones too unless ``resume_errored`` is False. The other arguments are
-        those of the search.
+        those of the search; what ``tune_config`` said Ray has kept, here it tells what to show.
         """
-        tuner = cls(module_class, param_space=param_space, trainer=trainer, datamodule=datamodule, dry_run=False)
+        tuner = cls(module_class, param_space=param_space, trainer=trainer, tune_config=tune_config,
+                    datamodule=datamodule, dry_run=False)  # fmt: skip
         tuner._restored = {
             "path": path, "resume_unfinished": True, "resume_errored": resume_errored and not restart_errored,
             "restart_errored": restart_errored,
