@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylit.callback import Callback
 from raylit.config.names import refuse_unknown
@@ -21,6 +21,9 @@ from raylit.errors import ConfigError
 from raylit.module import Module
 from raylit.stage import Stage
 from raylit.view import RunState, TrainerView
+
+if TYPE_CHECKING:
+    from raylit.driver.lr_finder import LRFinder
 
 
 class RunInterrupted(SystemExit, KeyboardInterrupt):
@@ -179,6 +182,67 @@ class Trainer(TrainerView):
 
         try:
             return runs.evaluate(self, stage, model, {stage.value: dataloaders}, datamodule, ckpt_path, same_model)
+        except Exception as error:
+            failed = faults.for_caller(error)
+        raise failed
+
+    # -- before a fit --------------------------------------------------------------------------------------------
+    def lr_find(self, model: Any = None, train_dataloaders: Any = None, val_dataloaders: Any = None,
+                datamodule: Any = None, *, min_lr: float = 1e-8, max_lr: float = 1.0, num_training: int = 100,
+                mode: str = "exponential", early_stop_threshold: float | None = 4.0, update_attr: bool = True,
+                attr_name: str = "", **unknown: Any) -> LRFinder:  # fmt: skip
+        """Try learning rates from ``min_lr`` to ``max_lr``, one each optimizer step, and set ``model`` to the best.
+
+        The steps are taken on a copy: of ``model`` only the learning rate changes, and nothing is written. Loaders
+        begin anew as often as ``num_training`` steps need. ``val_dataloaders`` are not looked at.
+
+        Args:
+            mode: the learning rate grows by a factor (``"exponential"``) or a sum (``"linear"``) at each step.
+            early_stop_threshold: stop when the smoothed loss is more than so many times the best; None: never.
+            update_attr: set ``lr`` or ``learning_rate``, or ``attr_name``, of the Module and of its hyperparameters, to
+                ``suggestion()``.
+
+        Raises ConfigError for a wrong argument, where the Module has no such attribute, and for manual optimisation;
+        OptimizerError for several optimizers; what the Module raised, as the same type.
+        """
+        refuse_unknown("lr_find", unknown, _arguments(Trainer.lr_find))
+        model = self._check_model(model, "lr_find")
+        datamodule = self._datamodule(datamodule, train_dataloaders, "lr_find")
+        from raylit.driver import faults, tuning
+
+        try:
+            return tuning.lr_find(
+                self, model, train_dataloaders, datamodule, min_lr=min_lr, max_lr=max_lr, num_training=num_training,
+                mode=mode, early_stop_threshold=early_stop_threshold, update_attr=update_attr, attr_name=attr_name,
+            )  # fmt: skip
+        except Exception as error:
+            failed = faults.for_caller(error)
+        raise failed
+
+    def scale_batch_size(self, model: Any = None, train_dataloaders: Any = None, val_dataloaders: Any = None,
+                         datamodule: Any = None, *, mode: str = "power", steps_per_trial: int = 3, init_val: int = 2,
+                         max_trials: int = 25, batch_arg_name: str = "batch_size", **unknown: Any) -> int:  # fmt: skip
+        """Look for the largest batch size that can be trained with, set ``batch_arg_name`` to it, and return it.
+
+        Sizes are doubled from ``init_val`` until memory is exhausted on any worker, or the data set has fewer samples
+        than one batch on each; ``mode="binsearch"`` then looks between the last two. Each is tried with
+        ``steps_per_trial`` optimizer steps, on a copy of ``model``, and nothing is written. Set are the Module, the
+        DataModule, and the hyperparameters of both, where they have ``batch_arg_name``; ``train_dataloader()`` of one
+        of them must make its loader of that size. Where not even ``init_val`` fits, sizes are halved.
+
+        Raises ConfigError for a wrong argument, loaders that are passed, and where there is no such attribute;
+        ResourceError where nothing fits; what the Module raised, as the same type.
+        """
+        refuse_unknown("scale_batch_size", unknown, _arguments(Trainer.scale_batch_size))
+        model = self._check_model(model, "scale_batch_size")
+        datamodule = self._datamodule(datamodule, train_dataloaders, "scale_batch_size")
+        from raylit.driver import faults, tuning
+
+        try:
+            return tuning.scale_batch_size(
+                self, model, train_dataloaders, datamodule, mode=mode, steps_per_trial=steps_per_trial,
+                init_val=init_val, max_trials=max_trials, batch_arg_name=batch_arg_name,
+            )  # fmt: skip
         except Exception as error:
             failed = faults.for_caller(error)
         raise failed

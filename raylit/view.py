@@ -102,6 +102,7 @@ NOT_HERE = {
     "test_dataloaders": "the loaders that you gave",
     "predict_dataloaders": "the loaders that you gave",
     "print": "module.print",
+    "tuner": "trainer.lr_find and trainer.scale_batch_size",
 }
 
 
@@ -399,3 +400,11 @@ class WorkerTrainer(TrainerView):
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a run is going on."""
         raise self._refuse_entry("predict")
+
+    def lr_find(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a run is going on."""
+        raise self._refuse_entry("lr_find")
+
+    def scale_batch_size(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a run is going on."""
+        raise self._refuse_entry("scale_batch_size")

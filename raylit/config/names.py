@@ -14,7 +14,8 @@ _CHECKPOINT = "callbacks.ModelCheckpoint(...) in callbacks"
 _GPUS = "use_gpu=True and num_workers=N: each worker has one GPU"
 _CKPT = "fit(..., ckpt_path=...)"
 _BAR = "enable_progress_bar=False turns the bar off; how often it is drawn is raylit's"
-_TUNE = "a search with raylit.Tuner, or Ray Tune's own"
+_LR_FIND = "trainer.lr_find(model), before fit"
+_SCALE = "trainer.scale_batch_size(model), before fit"
 
 _TRAINER: Mapping[str, str] = {
     # where it runs
@@ -60,8 +61,8 @@ _TRAINER: Mapping[str, str] = {
     # training
     "terminate_on_nan": "detect_anomaly=True, or callbacks.TerminateOnNaN() in callbacks",
     "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs=1",
-    "auto_lr_find": _TUNE,
-    "auto_scale_batch_size": _TUNE,
+    "auto_lr_find": _LR_FIND,
+    "auto_scale_batch_size": _SCALE,
     "amp_backend": "precision='16-mixed' or 'bf16-mixed': torch's own mixed precision",
     "amp_level": "precision='16-mixed' or 'bf16-mixed': torch's own mixed precision",
     "use_amp": "precision='16-mixed' or 'bf16-mixed'",
@@ -115,6 +116,21 @@ _CALLS: Mapping[str, Mapping[str, str]] = {
     "predict": {
         **_LOADERS,
         "return_predictions": "output=URI to write the outputs as Parquet instead of returning them",
+    },
+    "lr_find": {
+        "train_dataloader": "train_dataloaders",
+        "dataloaders": "train_dataloaders",
+        "method": "nothing: it trains",
+        "num_training_steps": "num_training",
+        "lr_min": "min_lr",
+        "lr_max": "max_lr",
+    },
+    "scale_batch_size": {
+        "train_dataloader": "train_dataloader() of the Module or the DataModule, with batch_size=self.batch_size",
+        "dataloaders": "train_dataloader() of the Module or the DataModule, with batch_size=self.batch_size",
+        "method": "nothing: it trains",
+        "margin": "nothing: the size that is returned was tried; take less of it yourself",
+        "max_val": "max_trials: doubling init_val=2, the 13th trial is 8192",
     },
     "ModelCheckpoint": {
         "filepath": "dirpath=... for the folder and filename=... for the file's name",

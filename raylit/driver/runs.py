@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import secrets
 import sys
 import warnings
@@ -133,6 +134,17 @@ def evaluate(
     return [metrics_as_floats(each) for each in metrics]
 
 
+def probe(trainer: Trainer, spec: RunSpec) -> Callback:
+    """Train as ``spec`` says and return its first callback as rank 0 left it; nothing else comes home."""
+    with shown(trainer) as display:
+        if trainer._config.placement.in_process:
+            _run_here(trainer, spec, display)
+            return spec.callbacks[0]
+        launched = _launch(trainer, spec, display, None, worker_main="raylit.worker.probe:worker_main")
+    seen: Callback = pickle.loads(launched.outcome)
+    return seen
+
+
 # -- in this process -------------------------------------------------------------------------------------------------
 def _run_here(trainer: Trainer, spec: RunSpec, display: TerminalDisplay) -> Any:
     from raylit.assemble import run
@@ -212,19 +224,21 @@ def _launch_fit(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_f
 
 
 def _launch(
-    trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folder: str | None, again: bool = False
-) -> Any:
+    trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_folder: str | None, again: bool = False,
+    worker_main: str | None = None,
+) -> Any:  # fmt: skip
+    """``worker_main``: in place of the usual one, on the workers that evaluations keep."""
     from raylit.driver import cluster, pool
     from raylit.driver.launch import launch
 
-    placement = trainer._config.placement
+    placement, pooled = trainer._config.placement, spec.stage is not Stage.FIT or worker_main is not None
     refs: list[Any] = []
     payload = pack_spec(spec, refs)  # before Ray is started: what cannot travel is refused here
 
     def say(text: str) -> None:
         display.event({"kind": "note", "text": text})
 
-    if not placement.elastic and (spec.stage is Stage.FIT or not cluster.connected()):
+    if not placement.elastic and (not pooled or not cluster.connected()):
         workers = placement.worker_range[0]
         say(f"starting {workers} Ray worker{'s' * (workers != 1)} ...")  # the next line may take half a minute to come
     cluster.connect(placement.runtime_env)
@@ -247,7 +261,7 @@ def _launch(
             *placement.worker_range, keeps_batch=placement.elastic_batch == "keep", every_s=placement.resize_every_s,
             bundle=cluster.per_worker(resources, bool(use_gpu)), request=f"raylit-{secrets.token_hex(8)}-",
         )  # fmt: skip
-        workers, failures = _sized(spec, elastic, failures, again, say)
+        workers, failures = _sized(pooled, elastic, failures, again, say)
         job = dataclasses.replace(job, elastic=elastic)
     where: dict[str, Any] = {
         "num_workers": workers,
@@ -257,8 +271,9 @@ def _launch(
         "on_event": lambda event: _follow(trainer, display, event),
         "ray_data": _read_at_a_time(trainer, spec),
     }
-    if spec.stage is not Stage.FIT:
+    if pooled:
         # No checkpoint, no restart: plain actors do, which start sooner and are kept for the next evaluation.
+        where |= {} if worker_main is None else {"worker_main": worker_main}
         return pool.launch_pooled(job, placement_strategy=placement.placement_strategy or "PACK", **where)
     with folders.storage_of(run_folder, spec.stage) as (storage, name), open_requests(elastic):
         return launch(
@@ -276,15 +291,13 @@ def _launch(
         )
 
 
-def _sized(
-    spec: RunSpec, elastic: Elastic, failures: Any, again: bool, say: Callable[[str], None]
-) -> tuple[int, Any]:
+def _sized(pooled: bool, elastic: Elastic, failures: Any, again: bool, say: Callable[[str], None]) -> tuple[int, Any]:
     """The number of workers to start now, and Ray's FailureConfig for them."""
     import ray.train
 
     from raylit.driver import cluster, pool
 
-    if spec.stage is not Stage.FIT:
+    if pooled:
         return workers_to_evaluate(elastic), failures
     pool.release()  # workers that an evaluation left hold resources that count
     if not again:

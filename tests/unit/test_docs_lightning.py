@@ -45,7 +45,7 @@ def test_a_strategy_is_refused_with_these_words(old: str) -> None:
 
 
 CALLS = [("fit", "fit"), ("validate, test", "validate"), ("validate, test", "test"), ("validate, test", "predict"),
-         ("predict", "predict")]  # fmt: skip
+         ("predict", "predict"), ("lr_find", "lr_find"), ("scale_batch_size", "scale_batch_size")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "old"), [(call, old) for head, call in CALLS for old in table(head)])
@@ -78,7 +78,7 @@ def test_no_old_name_is_missing_from_the_page() -> None:
     for head, call in CALLS:
         assert table(head).items() <= dict(names._CALLS[call]).items()
     assert {**table("validate, test"), **table("predict")} == names._CALLS["predict"]
-    for call in ("fit", "ModelCheckpoint", "EarlyStopping"):
+    for call in ("fit", "lr_find", "scale_batch_size", "ModelCheckpoint", "EarlyStopping"):
         assert table(call) == names._CALLS[call]
 
 
