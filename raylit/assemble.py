@@ -88,6 +88,8 @@ class RunSpec:
     checkpointer: Checkpointer | None = None  # asked at every safe point of a fit; None: the keeper, where it keeps
     storage: str | None = None  # the run folder as it was given, path or URI: checkpoints are written there at once
     notices: Notices | None = None  # of nodes that will be taken away; asked in a fit that keeps checkpoints
+    began_at_s: float | None = None  # on the driver's clock: when training began, in the first attempt
+    used_s: float = 0.0  # since training began, in earlier attempts of this run
     rebased: bool = False  # goes on with this Module's hyperparameters for optimizers, not the checkpoint's
     looks_back: bool = False  # goes on from the newest state in the run folder, where there is one
     cpus: ClusterCpus | None = None  # for the tasks of ray.data beside the workers; set on the worker
@@ -185,7 +187,7 @@ def run(spec: RunSpec, world: World, view: TrainerView, send: Send | None, use_g
         keeper = CheckpointKeeper(parts, spec.storage, spec.run_filesystem)
     parts.checkpointer = spec.checkpointer or keeper
     parts.notices = spec.notices
-    parts.rebased = spec.rebased
+    parts.rebased, parts.used_s = spec.rebased, spec.used_s
     parts.keeps_last = spec.stage is Stage.FIT and fit.enable_checkpointing and keeper is None
     for note in notes:
         output.note(note)

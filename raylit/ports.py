@@ -212,7 +212,6 @@ class LoaderLike(Protocol):
     samples_per_step: int
     equal_steps: bool
     contiguous: bool
-    own_turns: int
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None: ...
 

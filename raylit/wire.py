@@ -31,8 +31,8 @@ class World:
 
     @property
     def turns(self) -> int:
-        """Batches one after the other in which the workers together get through a step: 1 where each has one share."""
-        return -(-self.shares_of_a_step // self.world_size)
+        """Shares of a step that each worker takes one after the other: as many on all, so all reach the same hooks."""
+        return self.shares_of_a_step // self.world_size
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Job:
     elastic: Elastic | None = None  # None: the number of workers is fixed
 
 
+def sizes(least: int, most: int, keeps_batch: bool) -> tuple[int, ...]:
+    """The numbers of workers of an elastic run; where a step has ``most`` shares, those that have as many each."""
+    return tuple(size for size in range(least, most + 1) if not keeps_batch or most % size == 0)
+
+
 # What rank 0 returns in place of an outcome where the run is to go on with another number of workers.
 RESIZED = b"raylit: resized"
 
@@ -72,18 +77,13 @@ class Elastic:
     request: str = ""  # begins the names of the requests for room that the run keeps open
 
     def workers(self, room: int) -> int:
-        """Return how many workers to have where there is room for so many; 0 where that is too few.
+        """Return how many workers to have where there is room for so many; 0 where that is too few."""
+        return max((size for size in self.sizes if size <= room), default=0)
 
-        Where a step has a number of shares, no more than get through them in as few turns: of 4 shares, 3 workers take
-        as long as 2.
-        """
-        if room < self.least:
-            return 0
-        room = min(room, self.most)
-        if not self.keeps_batch:
-            return room
-        turns = -(-self.most // room)
-        return max(self.least, -(-self.most // turns))
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of workers that the run may have, rising."""
+        return sizes(self.least, self.most, self.keeps_batch)
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,8 @@ def for_rank(own: Mapping[int, dict[str, Any]], rank: int, saved_ranks: int, ran
 
     At another number of ranks each gets the mean of the half-summed gradients, so that the batches behind them still
     count. The metrics of rank r are the concern of rank r % ``ranks`` now: ``metrics_of`` has those of each whose place
-    is taken. ``outputs`` are dealt out as the data are, of which a step had so many ``shares``. Random states are not
-    among it. ``loaders``: what loaders keep is the same on all ranks.
+    is taken. ``outputs`` are dealt out as the data are, of which a step had so many ``shares``. ``loaders``: of an
+    elastic run, where what loaders keep is the same on all ranks, and random states follow from the place in the data.
     """
     if saved_ranks == ranks:
         return own.get(rank)
@@ -102,6 +102,8 @@ def for_rank(own: Mapping[int, dict[str, Any]], rank: int, saved_ranks: int, ran
     taken: dict[str, Any] = {"gradients": means, "group": {"took_part": took_part}}
     kept = ("shown", "measured", *(("loaders",) if loaders else ()))
     taken |= {name: mine[name] for name in kept if name in mine}
+    if loaders and rank < saved_ranks and "random" in mine:  # an elastic run: each share has numbers of its own
+        taken["random"] = mine["random"]
     if mine.get("metrics") is not None:
         taken["metrics_of"] = [part["metrics"] for part in parts[rank::ranks]]
         taken["metrics_example"] = parts[0]["metrics"]

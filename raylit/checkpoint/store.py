@@ -46,6 +46,7 @@ class Manifest:
     keeper: str = ""  # who keeps it: a callback's state_key
     run: str = ""  # the folder of the run that wrote it
     weights_only: bool = False
+    notice: bool = False  # kept because of a notice alone: the newest state, never one of the best
     saved_at: float = 0.0  # seconds since 1970, on the writer's clock
     files: dict[str, Written] = field(default_factory=dict)
     schema: int = SCHEMA

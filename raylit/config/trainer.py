@@ -13,6 +13,7 @@ from raylit.config.fit import DEFAULT_MAX_EPOCHS, FitConfig, as_fast_dev_run
 from raylit.config.names import refuse_unknown
 from raylit.config.placement import PlacementConfig
 from raylit.errors import ConfigError
+from raylit.wire import sizes
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,20 @@ class TrainerConfig:
                 "samples out anew when workers come and go, so that each is seen once. Leave use_distributed_sampler "
                 "out, or give one number of workers."
             )
+        least, most = self.placement.worker_range
+        if self.placement.elastic_batch == "keep" and len(sizes(least, most, True)) == 1:
+            smaller = max(size for size in sizes(1, most, True) if size < least)
+            raise ConfigError(
+                f"Trainer(num_workers={workers}): a step has {most} shares, and only {most} workers have as many of "
+                f"them each. Use num_workers=({smaller}, {most}), num_workers={most}, or elastic_batch='scale'."
+            )
+        scaling = self.placement.scaling_config
+        for name in ("label_selector", "accelerator_type", "topology"):
+            if getattr(scaling, name, None) is not None:
+                raise ConfigError(
+                    f"Trainer(num_workers={workers}, scaling_config=ScalingConfig({name}=...)): an elastic run counts "
+                    "room by resources alone. Name a resource in resources_per_worker, or give one number of workers."
+                )
         strict = self.placement.placement_strategy
         if strict in ("STRICT_PACK", "STRICT_SPREAD"):
             raise ConfigError(

@@ -22,9 +22,9 @@ class CombinedLoader:
     the same world size; at another one it is exact for what every loader has in its first pass.
     """
 
-    def __init__(self, source: Any, loaders: Mapping[Any, PreparedLoader]) -> None:
-        """``loaders`` by key, or by place for a list or tuple ``source``."""
-        self.source = source
+    def __init__(self, source: Any, loaders: Mapping[Any, PreparedLoader], turns: int = 1) -> None:
+        """``loaders`` by key, or by place for a list or tuple ``source``. ``turns``: batches of this rank in a step."""
+        self.source, self._turns = source, turns
         self.loaders = dict(loaders)
         self.batch_size: int | None = None
         self.num_samples: int | None = None
@@ -35,7 +35,6 @@ class CombinedLoader:
         self.num_batches: int | None = max(known) if len(known) == len(lengths) else None
         self.equal_steps: bool = all(part.equal_steps for part in parts)
         self.contiguous = False
-        self.own_turns: int = max((part.own_turns for part in parts), default=1)  # of all of them
         self.anywhere: bool = all(part.anywhere for part in parts)
         self._epoch = 0
         self._start = 0
@@ -50,7 +49,7 @@ class CombinedLoader:
         if self.num_batches is None:
             return None
         parts = self.loaders.values()
-        left = [_Part(part, self._epoch, self._share(part, start_sample)).left_of_first for part in parts]
+        left = [self._part(part, start_sample).left_of_first for part in parts]
         return max(left)
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,12 +61,13 @@ class CombinedLoader:
         for part, saved in zip(self.loaders.values(), state["loaders"]):
             part.load_state_dict(saved, within)
 
-    def _share(self, part: PreparedLoader, start_sample: int) -> int:
-        return start_sample * part.samples_per_step // self.samples_per_step
+    def _part(self, part: PreparedLoader, start_sample: int) -> _Part:
+        consumed = start_sample * part.samples_per_step // self.samples_per_step
+        return _Part(part, self._epoch, consumed, self._turns)
 
     def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0
-        parts = {key: _Part(part, self._epoch, self._share(part, start)) for key, part in self.loaders.items()}
+        parts = {key: self._part(part, start) for key, part in self.loaders.items()}
         left = None if self.num_batches is None else max(part.left_of_first for part in parts.values())
         for part in parts.values():
             part.open()  # now, not at the first batch: see PreparedLoader.__iter__
@@ -99,7 +99,7 @@ class CombinedLoader:
 class _Part:
     """One loader's place in a combined epoch."""
 
-    def __init__(self, loader: PreparedLoader, epoch: int, consumed: int) -> None:
+    def __init__(self, loader: PreparedLoader, epoch: int, consumed: int, turns: int) -> None:
         """``consumed``: what all ranks together took from this loader in this combined epoch, passes included."""
         self.passes = 0
         self._loader = loader
@@ -110,7 +110,7 @@ class _Part:
             self.left_of_first = loader.batches_from(consumed) or 0
             if not self.left_of_first and consumed:
                 # A short last step counts as a full one, since every loader takes the same number of steps.
-                steps = loader.num_batches // loader.own_turns
+                steps = loader.num_batches // turns
                 self.passes, self._start = divmod(consumed, steps * loader.samples_per_step)
         # Between two passes: the next one is opened when it is asked for, as without a resume, since opening it draws.
         self._between = self.passes > 0 and self._start == 0

@@ -48,7 +48,6 @@ class PreparedLoader(Protocol):
     num_batches: int | None  # of this rank, in a whole epoch; None if unknown
     equal_steps: bool  # every rank is known to make the same number of steps
     contiguous: bool  # each rank has one stretch of the data set, not every N-th batch of it
-    own_turns: int  # batches of this rank in a step: 1, unless it takes several shares (see ``sampler``)
     anywhere: bool  # a position means the same at any world size, with the same shares
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
@@ -90,7 +89,7 @@ def prepare(
         shard: False uses the loader as it is.
         sharing: how the ranks share a ``ray.data.Dataset``; None where it is not walked.
         name: the hook or argument it came from, for errors.
-        shares: parts that each step's data are cut into, for training; None: as many as ranks.
+        shares: parts that each step's data are cut into, for training, a multiple of ``world_size``; None: as many.
 
     Raises ``DataError`` for anything that is not a loader, is empty, or cannot be shared out.
     """
@@ -157,14 +156,15 @@ def _prepare_train(source: Any, name: str, place: dict[str, Any]) -> PreparedLoa
             f"{name}: there is no loader to train on. Define train_dataloader() on the Module or the DataModule, or "
             "pass fit(model, train_dataloaders=...)"
         )
+    turns = (place["shares"] or place["world_size"]) // place["world_size"]
     if isinstance(source, Mapping):
         named = {key: prepare(part, name=f"{name}[{key!r}]", **place) for key, part in source.items()}
         _refuse_no_loaders(named, name)
-        return CombinedLoader(source, named)
+        return CombinedLoader(source, named, turns)
     if _is_list_of_loaders(source):
         listed = {i: prepare(part, name=f"{name}[{i}]", **place) for i, part in enumerate(source)}
         _refuse_no_loaders(listed, name)
-        return CombinedLoader(source, listed)
+        return CombinedLoader(source, listed, turns)
     return prepare(source, name=name, **place)
 
 

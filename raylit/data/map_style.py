@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from raylit.data.order import DrawnOrder, order_of
@@ -33,7 +34,6 @@ class MapLoader:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.samples_per_step = sampler.shares * sampler.batch_size
-        self.own_turns = len(range(sampler.rank, sampler.shares, sampler.world_size))
         self.num_batches: int | None = len(sampler)
         self.equal_steps = sampler.training or sampler.length_of(0) == sampler.length_of(sampler.world_size - 1)
         self.contiguous = False
@@ -71,7 +71,10 @@ class MapLoader:
         # that a resume can restore the random state after the one number that making it draws.
         if self._seeds is not None:
             self._seeds.prepare(self.sampler.epoch)
-        return iter(self.loader)
+        if not self.sampler.elastic:
+            return iter(self.loader)
+        with torch.random.fork_rng(devices=[]):  # of several loaders one may start over in the midst, for some shares
+            return iter(self.loader)
 
 
 def prepare_map_style(

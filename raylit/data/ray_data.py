@@ -157,7 +157,7 @@ class RayLoader:
         self._training, self._predicting = stage == "train", stage == "predict"
         self.equal_steps = world_size == 1 or (self._shared and self._training)
         self.contiguous = self._shared and self._predicting
-        self.own_turns, self.anywhere = 1, False
+        self.anywhere = False
         self._loader, self._sharing = loader, sharing
         own = loader.options.get("local_shuffle_seed")
         self._seed = seed if own is None else int(own)

@@ -13,7 +13,7 @@ The rule, for N workers with batch size b over n samples, from position ``start`
 What comes next follows from (order, start, world size) alone, so a run resumes at any start with any world size.
 
 An elastic run keeps the size of a step while its number of workers changes: N in the rule above is then its number of
-``shares``, and of W workers worker r takes shares r, r+W, r+2W, ... of each step, one after the other.
+``shares``, and of W workers, which N is a multiple of, worker r takes shares r, r+W, r+2W, ... of each step.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def rank_blocks(
         start: samples already consumed by all ranks together; it may come from a run with another world size.
         training: equal steps on every rank, against every sample exactly once.
         drop_last: see the head of this file.
-        shares: blocks of a step; None: one for each rank. At least ``world_size``.
+        shares: blocks of a step, as many for each rank; None: one.
     """
     shares = world_size if shares is None else shares
     remaining = _usable(n, batch_size, start, training, drop_last)
@@ -130,7 +130,7 @@ class _Sharded(Sampler[Any]):
         self.world_size = world_size
         self.training = training
         self.drop_last = drop_last
-        self.shares = world_size if shares is None else shares
+        self.shares, self.elastic = world_size if shares is None else shares, shares is not None
         self.epoch = 0
         self.start_sample = 0  # applies to the next walk only
         self._worker_seed = worker_seed

@@ -40,7 +40,6 @@ class StreamLoader:
         self.source = source
         self.batch_size = batch_size
         self.samples_per_step = world_size * (batch_size or 1)  # in batches where the batch size is not known
-        self.own_turns = 1
         self.equal_steps = world_size == 1
         self.contiguous = False
         self.anywhere = False
@@ -168,7 +167,6 @@ class SequenceLoader:
         self.batch_size: int | None = None
         self.num_samples: int | None = None
         self.samples_per_step = self._shares = world_size if shares is None else shares
-        self.own_turns = len(range(rank, self._shares, world_size))
         self._rule = (rank, world_size)
         self._training = training
         self._start = 0

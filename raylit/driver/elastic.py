@@ -22,7 +22,8 @@ _TELL_S = 10.0  # waiting is told after this long
 def workers_now(elastic: Elastic, note: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> int:
     """Wait until there is room for ``elastic.least`` workers; return how many to start."""
     with requested(elastic) as groups:
-        met, since, told = 0, now(), now()
+        met, began = 0, now()
+        since, told = began, began
         while True:
             count = sum(group.wait(timeout_seconds=0.05) for group in groups)
             if count > met:
@@ -30,7 +31,7 @@ def workers_now(elastic: Elastic, note: Callable[[str], None], now: Callable[[],
             workers = elastic.workers(count)
             if workers and (count >= min(elastic.most, _of_all_nodes(elastic)) or now() - since >= _SETTLE_S):
                 return workers
-            if not workers and now() - told >= (_TELL_S if told == since else 6 * _TELL_S):
+            if not workers and now() - told >= (_TELL_S if told == began else 6 * _TELL_S):
                 told = now()
                 note(f"waiting for room for {elastic.least} worker{'s' * (elastic.least != 1)}: the cluster has room "
                      f"for {count} now")  # fmt: skip
@@ -41,8 +42,10 @@ def requested(elastic: Elastic) -> Iterator[list[Any]]:
     """A placement group for each of the most workers, while the context is open."""
     from ray.util import placement_group, remove_placement_group
 
-    groups = [placement_group([dict(elastic.bundle)]) for _ in range(elastic.most)]
+    groups: list[Any] = []
     try:
+        for _ in range(elastic.most):
+            groups.append(placement_group([dict(elastic.bundle)]))
         yield groups
     finally:
         for group in groups:

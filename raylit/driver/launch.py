@@ -257,6 +257,10 @@ def as_callers_error(raised: BaseException, workers: Mapping[int, tuple[str, int
         cause = cause.cause
     if type(cause).__name__ == "InsufficientClusterResourcesError":
         return ResourceError(str(cause))
+    if type(cause).__name__ in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"):
+        unplaced = ResourceError(f"the workers could not be started: {(str(cause).splitlines() or [''])[0]}")
+        unplaced.__dict__["raylit_unplaced"] = True
+        return unplaced
     return cause
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from raylit.errors import ProgressTimeoutError, RaylitError, WorkerLostError
 
 DEFAULT = 3  # restarts after a lost worker, where checkpoints are kept
+_UNPLACED = 5  # times in a row that room is looked for anew
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
@@ -19,8 +20,8 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 class Fault:
     """What ended an attempt, as far as two of them are compared."""
 
-    # "lost": a worker process is gone; "preempted": with its node, which was announced; "raised": an exception, or a
-    # stop; "final": nothing would change
+    # "lost": a worker process is gone; "preempted": with its node, which was announced; "unplaced": room that was there
+    # had gone when the workers were to be started; "raised": an exception, or a stop; "final": nothing would change
     kind: str
     what: str = ""  # type and message, without what differs from process to process
     place: tuple[object, ...] = ()  # stage, epoch, step, batch
@@ -28,6 +29,8 @@ class Fault:
 
 def fault_of(error: BaseException) -> Fault:
     """Sort an exception that ``launch`` raised."""
+    if getattr(error, "raylit_unplaced", False):
+        return Fault("unplaced")
     message = _ADDRESS.sub("0x", (str(error).splitlines() or [""])[0])
     failure = getattr(error, "raylit_failure", None)
     if isinstance(error, WorkerLostError) and not isinstance(error, ProgressTimeoutError):
@@ -47,11 +50,14 @@ def start_again(
 
     ``max_failures``: so many restarts, -1: any number; None: ``DEFAULT``, of lost workers, where checkpoints are kept
     (``keeps``). An exception is given another chance only where restarts were asked for, and never twice at one place.
-    Nodes that were announced as lost count apart, up to ``max_preemptions`` (-1: any number).
+    Nodes that were announced as lost count apart, up to ``max_preemptions`` (-1: any number); so do workers for which
+    the room had gone.
     """
+    if fault.kind == "unplaced":
+        return before[-_UNPLACED:] != [fault] * _UNPLACED
     if fault.kind == "preempted":
         return keeps and (max_preemptions == -1 or before.count(fault) < max_preemptions)
-    before = [each for each in before if each.kind != "preempted"]
+    before = [each for each in before if each.kind not in ("preempted", "unplaced")]
     allowed = max_failures if max_failures is not None else DEFAULT if keeps else 0
     if fault.kind == "final" or (allowed != -1 and len(before) >= allowed):
         return False

@@ -11,6 +11,7 @@ import os
 import pickle
 import secrets
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from raylit.checkpoint import check_weights, read
 from raylit.checkpoint.content import check_resumable
 from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.ranks import read_ranks
+from raylit.config.placement import PlacementConfig
 from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
@@ -195,14 +197,13 @@ def _launch_fit(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_f
     """Launch, and launch again from the newest checkpoint after a fault that may pass, or in another size."""
     placement = trainer._config.placement
     keeps = run_folder is not None and trainer._config.fit.enable_checkpointing
-    # Of a run of one size Ray itself counts the nodes that were taken away, and starts again.
-    preemptions = getattr(placement.failure_config, "max_preemption_failures", -1) if placement.elastic else 0
     faults: list[Fault] = []
     again = False
     while True:
         if run_folder is not None:
             # What Ray noted of an earlier attempt; it would insist on checkpoints that are gone.
             Folder(run_folder, spec.run_filesystem).delete_file("checkpoint_manager_snapshot.json")
+        spec.used_s = 0.0 if spec.began_at_s is None else time.monotonic() - spec.began_at_s
         try:
             launched = _launch(trainer, spec, display, run_folder, again=again)
         except Exception as error:
@@ -212,15 +213,25 @@ def _launch_fit(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, run_f
                 return launched
             again = True
             continue
-        if not start_again(fault, faults, placement.max_failures, keeps, preemptions):
+        if not start_again(fault, faults, placement.max_failures, keeps, _preemptions_allowed(placement)):
             raise bare(failed)
         faults.append(fault)
         again = True
         line = (str(failed).splitlines() or [""])[0]
-        counted = sum(each.kind != "preempted" for each in faults)
+        counted = sum(each.kind not in ("preempted", "unplaced") for each in faults)
         of = "" if placement.max_failures == -1 else f" of {placement.max_failures or DEFAULT}"
-        restart = "" if fault.kind == "preempted" else f" (restart {counted}{of})"
+        restart = "" if fault.kind in ("preempted", "unplaced") else f" (restart {counted}{of})"
         display.event({"kind": "note", "text": f"{type(failed).__name__}: {line}; starting again{restart}"})
+
+
+def _preemptions_allowed(placement: PlacementConfig) -> int:
+    """How often raylit starts a run again that lost an announced node; -1: any number. Older Rays do not count them."""
+    import ray.train
+
+    if all(each.name != "max_preemption_failures" for each in dataclasses.fields(ray.train.FailureConfig)):
+        return -1
+    given = getattr(placement.failure_config, "max_preemption_failures", -1)
+    return given if placement.elastic else 0  # a run of one size Ray itself has started again so often
 
 
 def _launch(
@@ -268,7 +279,7 @@ def _launch(
         "use_gpu": bool(use_gpu),
         "resources_per_worker": resources,
         "runtime_env": placement.runtime_env,
-        "on_event": lambda event: _follow(trainer, display, event),
+        "on_event": lambda event: _follow(trainer, spec, display, event),
         "ray_data": _read_at_a_time(trainer, spec),
     }
     if pooled:
@@ -304,8 +315,10 @@ def _sized(pooled: bool, elastic: Elastic, failures: Any, again: bool, say: Call
         cluster.check_fits(elastic.least, elastic.bundle, use_gpu=False)
     workers = workers_now(elastic, say)
     say(f"starting {workers} Ray worker{'s' * (workers != 1)} (of {elastic.least} to {elastic.most}) ...")
-    # After a node was taken away Ray would wait for another; raylit takes what is there.
-    return workers, dataclasses.replace(failures or ray.train.FailureConfig(), max_preemption_failures=0)
+    # After a node was taken away, or where the room has gone meanwhile, Ray would wait; raylit takes what is there.
+    given = failures or ray.train.FailureConfig()
+    known = {each.name for each in dataclasses.fields(given)} & {"max_preemption_failures", "controller_failure_limit"}
+    return workers, dataclasses.replace(given, **dict.fromkeys(known, 0))
 
 
 def _read_at_a_time(trainer: Trainer, spec: RunSpec) -> int:
@@ -317,8 +330,10 @@ def _read_at_a_time(trainer: Trainer, spec: RunSpec) -> int:
     )
 
 
-def _follow(trainer: Trainer, display: TerminalDisplay, event: dict[str, Any]) -> None:
+def _follow(trainer: Trainer, spec: RunSpec, display: TerminalDisplay, event: dict[str, Any]) -> None:
     """Show a worker's event; what it says of the progress is all that is known if the run is interrupted."""
+    if event.get("kind") == "stage_start" and spec.began_at_s is None:
+        spec.began_at_s = time.monotonic()
     if event.get("kind") == "epoch_end":
         trainer._state.epoch, trainer._state.global_step = event["epoch"] + 1, event.get("global_step", 0)
     display.event(event)

@@ -126,8 +126,11 @@ class Evaluation:
         predicting = self._loop is Loop.PREDICT
         keep = predicting or self._epoch_end is not None
         mine = loader.num_batches
-        total = batches(limit, batches(at_most, self._most(limit, at_most, mine), "limit_val_batches"),
-                        _ARGUMENT[self._loop])  # fmt: skip
+        # In an elastic run a limit counts the batches that a rank has where there are the most of them.
+        turns, most = state.world.turns, self._most(limit, at_most, mine)
+        most = None if most is None else -(-most // turns)
+        total = batches(limit, batches(at_most, most, "limit_val_batches"), _ARGUMENT[self._loop])
+        total = None if total is None else total * turns
         if total is not None and mine is not None:
             total = min(total, mine)
         loader.set_epoch(0)

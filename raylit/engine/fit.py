@@ -52,7 +52,7 @@ from raylit.engine.resume import Position, restore, take, weights_mark
 from raylit.engine.schedules import Schedules
 from raylit.engine.step import TrainBatch
 from raylit.engine.turns import Turns
-from raylit.engine.walk import IDLE, NOTHING, Walk
+from raylit.engine.walk import NOTHING, Walk
 from raylit.errors import CheckpointError, DataError, OptimizerError
 from raylit.metrics.place import BATCH_TRAIN, EPOCH_TRAIN, NO_EPOCH
 from raylit.optim.plan import OptimPlan, parse_optimizers
@@ -116,7 +116,7 @@ class Fit:
         if parts.saved is None:
             self._sanity_check()
         if parts.settings.max_time_s is not None:
-            self._deadline = time.monotonic() + parts.settings.max_time_s
+            self._deadline = time.monotonic() + parts.settings.max_time_s - parts.used_s
         parts.output.stage_start(state)
         state.live_metrics = parts.metrics.step_metrics
         state.replay = lambda: replay(parts, self._epoch_batches(), self._train.without_logging)
@@ -310,7 +310,7 @@ class Fit:
         settings, state, turns = self._parts.settings, self._parts.state, self._turns
         # What the Trainer's arguments count as a batch is a step's data, whatever the number of workers.
         own = self._loader.num_batches
-        steps = None if own is None else own // self._loader.own_turns
+        steps = None if own is None else own // turns
         limited = batches(settings.train_batch_limit, steps, "limit_train_batches")
         self._total = None if limited is None else limited * turns
         # An unknown length under a limit may turn out shorter: then the end must be looked for.
@@ -432,8 +432,8 @@ class Fit:
         parts, state, metrics = self._parts, self._parts.state, self._parts.metrics
         train, transfer, output = self._train, parts.transfer, parts.output
         batch_start, batch_end, validation = self._batch_start, self._batch_end, self._validation
-        train.begin_epoch(parts.settings.accumulation_at(state.epoch))
-        accumulate = train.accumulate
+        accumulate = parts.settings.accumulation_at(state.epoch) * self._turns
+        train.begin_epoch(accumulate)
         turns = Turns(self._turns, metrics) if self._turns > 1 else None
         self._handle.begin_epoch()
         manual, splits = not parts.module.automatic_optimization, bool(self._split_size())
@@ -441,7 +441,7 @@ class Fit:
         refresh = Refresh(output.refresh_s) if output.refresh_s != float("inf") else None
         validate = bool(self._val_loaders) and validation.possible and parts.settings.val_batch_limit != 0
         schedules = self._schedules if self._schedules.by_step else None
-        poll = self._turns * (1 if not self._several else _STOP_POLL_BATCHES)
+        poll = self._turns * (_STOP_POLL_BATCHES if self._several or state.world.shares is not None else 1)
         timed = self._deadline is not None
         half, self._half = self._half, None
         walk, checkpointer, notices = self._open(half), parts.checkpointer, self._notices
@@ -451,24 +451,21 @@ class Fit:
         for batch_idx, batch in walk if not self._stop_now else ():
             last = batch_idx == final or walk.ended
             state.batch_idx = batch_idx
+            if transfer is not None:
+                batch = transfer(batch, 0)
+            metrics.set_batch(batch)
+            if turns is not None:
+                turns.begin()
+            metrics.place = BATCH_TRAIN
+            if batch_start is not None and batch_start(batch, batch_idx, 0) == -1:
+                train.drop_group()
+                self._cut = True
+                self._batches_done -= batch_idx % self._turns  # of the step nothing is done
+                break
             done = last or (batch_idx + 1) % accumulate == 0
-            if batch is IDLE:
-                collected = None
-                train.idle(done)
-            else:
-                if transfer is not None:
-                    batch = transfer(batch, 0)
-                metrics.set_batch(batch)
-                if turns is not None:
-                    turns.begin()
-                metrics.place = BATCH_TRAIN
-                if batch_start is not None and batch_start(batch, batch_idx, 0) == -1:
-                    train.drop_group()
-                    self._cut = True
-                    break
-                if manual:
-                    self._handle.batch_starts(done)
-                collected = train.run(batch, batch_idx, done)
+            if manual:
+                self._handle.batch_starts(done)
+            collected = train.run(batch, batch_idx, done)
             if splits:
                 metrics.finish_splits()
             stepped = train.stepped
@@ -476,6 +473,8 @@ class Fit:
                 train.stepped = []  # a hook that steps after this is counted with the next batch
             if stepped:
                 state.global_step += 1
+                if turns is not None:
+                    turns.show()
                 if schedules is not None:
                     schedules.stepped(stepped)
             self._batches_done += 1
@@ -484,11 +483,8 @@ class Fit:
                     outputs.add(collected)
                 if batch_end is not None:
                     batch_end(batch_result(collected, splits), batch, batch_idx, 0)
-            if turns is not None:
-                if batch is not IDLE:
-                    turns.end()
-                if not turns.step_done(batch_idx):
-                    continue
+            if turns is not None and not turns.end(batch_idx):
+                continue
             if reseeds:
                 walk.reseed_hooks(batch_idx + 1)
             if log_every and stepped and state.global_step % log_every == 0:
@@ -521,6 +517,8 @@ class Fit:
     def _finish_batch(self, half: Position, log_every: int, validate: bool) -> None:
         """Do what was still to come after the last batch when its checkpoint was taken, in a hook."""
         state = self._parts.state
+        if half.unfinished == "log" and self._walk is not None and half.batches % self._turns == 0:
+            self._walk.reseed_hooks(half.batches)  # as after any step
         stepped = self._train.stepped or not self._parts.module.automatic_optimization
         if half.unfinished == "log" and log_every and stepped and state.global_step % log_every == 0:
             self._log_step()
@@ -534,7 +532,7 @@ class Fit:
         """All batches of an epoch with their index, for whoever passes over them once more."""
         walk = self._new_walk()
         walk.open(self._parts.state.epoch)
-        return ((index, batch) for index, batch in walk if batch is not IDLE)
+        return iter(walk)
 
     def _new_walk(self) -> Walk:
         parts = self._parts

@@ -101,6 +101,8 @@ class Parts:
     reseed: Callable[[int, int, int], None] | None = None
     # hyperparameters of optimizers and schedulers are those of configure_optimizers now, not those of ``saved``
     rebased: bool = False
+    # seconds since training began, in earlier attempts of this run; they count in max_time
+    used_s: float = 0.0
     # the state at the end is wanted
     keeps_last: bool = False
     # each submodule's mode before the evaluation that runs

@@ -26,7 +26,6 @@ from raylit.engine.anomaly import NonFinite
 from raylit.engine.devices import OverDevices, over_devices
 from raylit.engine.outputs import check_loss, detached, kept, loss_of
 from raylit.engine.parts import Parts
-from raylit.engine.walk import IDLE
 from raylit.metrics.place import BATCH_TRAIN, SPLIT_TRAIN
 from raylit.optim.clip import clip_gradients
 from raylit.optim.closure import GradsMark, grads_mark, needs_closure, were_zeroed
@@ -54,9 +53,6 @@ class TrainBatch:
         # Sequences may be of other lengths on other ranks; where nothing is averaged in backward nobody waits.
         self._even_out = bool(split_size) and self._several and not manual and bool(plan.optimizers)
         step = _skips_nothing(step) if self._even_out else step
-        world = parts.state.world
-        self._may_idle = world.shares_of_a_step % world.world_size != 0
-        step = _idles(step) if self._may_idle else step
         self._step = parts.strategy.wrap_training_step(
             parts.module, step, optimizers=len(plan.optimizers), manual=manual
         )
@@ -96,7 +92,6 @@ class TrainBatch:
         self._took_part = [False for _ in self._everyone]  # a loss was back-propagated in this group
         self.lanes = len(self._everyone)  # outputs are kept for each
         self.accumulate = 1
-        self._divide: float = 1  # each loss, so that a group's gradient is the mean over its batches
         self.groups_done = 0  # accumulation groups since training began: the place in the cycle of frequencies
         self.stepped: list[int] = []
         self.loss: Tensor | None = None  # of the last pass; for the progress bar
@@ -155,34 +150,9 @@ class TrainBatch:
         most = int(self._strategy.collective.all_reduce(count, "max").item())
         return [*splits, *[None] * (most - len(splits))]
 
-    def idle(self, last_of_group: bool) -> None:
-        """This rank has no share in a turn (elastic runs): at a group's end it steps with what it has."""
-        self.stepped = []
-        if not last_of_group:
-            return
-        active = active_optimizers(self._plan, self.groups_done) if self._plan.frequencies else self._everyone
-        for index in active if self._steps else ():
-            if self._toggle is not None:
-                self._toggle.toggle(index)
-            try:
-                self._pass(IDLE, self._state.batch_idx, index, None, True)
-                self._finish_group(self._state.batch_idx, index)
-            finally:
-                if self._toggle is not None:
-                    self._toggle.restore()
-        self.groups_done += 1
-        if self._late_update and self.stepped:
-            self._precision.update()
-
     def begin_epoch(self, accumulate: int) -> None:
-        """Take the epoch's number of steps' batches in a group, and the parameters added to optimizers meanwhile.
-
-        In an elastic run each is several turns, and the workers are fewer than the shares that they average over.
-        """
-        world = self._state.world
-        shares, workers = accumulate * world.shares_of_a_step, world.world_size
-        self.accumulate = accumulate * world.turns
-        self._divide = shares // workers if shares % workers == 0 else shares / workers
+        """Take the epoch's number of batches in a group, and the parameters that were added to optimizers meanwhile."""
+        self.accumulate = accumulate
         if self._toggle is not None:
             self._toggle.refresh()
 
@@ -246,8 +216,8 @@ class TrainBatch:
             check_loss(loss)
         if self.watch is not None:
             self.watch.check_loss(loss, batch_idx)
-        if self._divide != 1:
-            loss = loss / self._divide
+        if self.accumulate != 1:
+            loss = loss / self.accumulate
         if self._before_backward is not None:
             self._before_backward(loss)
         target = self._precision.scale(loss) if self._scaled else loss
@@ -341,8 +311,8 @@ class TrainBatch:
         if self.loss is None:
             return total
         loss = self.loss.detach()
-        if self._divide != 1:
-            loss = loss / self._divide
+        if self.accumulate != 1:
+            loss = loss / self.accumulate
         return loss if total is None else total + loss
 
     def _agreed(self, loss: Tensor | None) -> Tensor | None:
@@ -381,10 +351,6 @@ class _Closure:
 def _skips_nothing(step: Callable[..., Any]) -> Callable[..., Any]:
     """A split of None: this rank's sequence is over, and another rank's goes on."""
     return lambda split, *args: None if split is None else step(split, *args)
-
-
-def _idles(step: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda batch, *args: None if batch is IDLE else step(batch, *args)
 
 
 def _then(step: Callable[..., Any], step_end: Callable[..., Any]) -> Callable[..., Any]:

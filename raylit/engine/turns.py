@@ -11,28 +11,31 @@ from raylit.metrics.store import MetricStore
 
 
 class Turns:
-    """Counts the turns of steps. ``begin`` and ``end`` stand around each batch, ``step_done`` behind each turn."""
+    """Counts the turns of steps. ``begin`` and ``end`` stand around each batch with its hooks."""
 
     def __init__(self, count: int, metrics: MetricStore) -> None:
         self._count, self._metrics = count, metrics
         self._log: PartsLog | None = None
 
     def begin(self) -> None:
-        """A batch of this rank begins."""
+        """A batch begins."""
         if self._log is None:
             self._log = self._metrics.begin_turns()
         self._log.begin(1)
 
-    def end(self) -> None:
-        """Its hooks are done."""
+    def show(self) -> None:
+        """The step is taken: let its values so far be read, by schedulers and in the hooks that follow."""
         if self._log is not None:
-            self._log.end(1)
+            self._log.show(1)
 
-    def step_done(self, batch_idx: int) -> bool:
-        """Tell whether the step that ``batch_idx`` is a turn of is whole; then its step values are there."""
+    def end(self, batch_idx: int) -> bool:
+        """A batch and its hooks are done. Tell whether it was the step's last turn; then its step values are there."""
+        log = self._log
+        if log is not None:
+            log.end(1)
         if (batch_idx + 1) % self._count:
             return False
-        log, self._log = self._log, None
+        self._log = None
         if log is not None:
             log.finish()
         return True

@@ -1,7 +1,7 @@
 """The batches of one training epoch, on this rank: from the start, or from where a checkpoint stands. Floor 3.
 
 In an elastic run a step's data are cut into more shares than there are ranks, and the ranks take them in turns: batch
-``i`` of the epoch is turn ``i % turns`` of step ``i // turns``. A rank without a share in the last turn has ``IDLE``.
+``i`` of the epoch is turn ``i % turns`` of step ``i // turns``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from raylit.ports import Collective, LoaderLike
 from raylit.wire import World
 
 NOTHING: Any = object()
-IDLE: Any = object()  # in place of a batch: the others have one
 
 Reseed = Callable[[int, int, int], None]  # epoch, step of the epoch, share
 
@@ -36,7 +35,7 @@ class Walk:
         """
         self._loader, self._total, self._collective = loader, total, collective
         self._world, self._reseed = world or World(), reseed
-        self._turns, self._own = self._world.turns, loader.own_turns
+        self._turns = self._world.turns
         # Where the number is known nothing is looked up ahead, and not one batch too many is loaded.
         self.final = total - 1 if known and total is not None else -2
         self.ended = False
@@ -56,14 +55,14 @@ class Walk:
         if first and self.final != -2:
             left = self._loader.batches_from(start)
             if left is not None:
-                whole, final = self._loader.num_batches, first - begun + left // self._own * self._turns - 1
+                whole, final = self._loader.num_batches, first - begun + left - 1
                 # At another number of ranks than before the position may lie within a step: one more is then left than
                 # an epoch has, and only a limit that was asked for may cut it off.
-                limited = whole is None or self.final + 1 != whole // self._own * self._turns
+                limited = self.final + 1 != whole
                 self.final = min(self.final, final) if limited else final
         self._loader.set_epoch(epoch, start if ahead is NOTHING else start + self._loader.samples_per_step)
         self._iterator = iter(self._loader)
-        for _ in range(min(begun, self._own)):
+        for _ in range(begun):
             next(self._iterator, None)
         if self.final == -2:
             self.ahead = next(self._iterator, NOTHING) if ahead is NOTHING else ahead
@@ -94,19 +93,15 @@ class Walk:
             self._reseed(self._epoch, batches_done // self._turns, share)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        if self._reseed is not None or self._turns > 1:
-            return self._in_turns()
+        if self._reseed is not None:
+            return self._seeded(self._reseed)
         return zip(range(self.first, self.final + 1), self._iterator) if self.final > -2 else self._looked_ahead()
 
-    def _in_turns(self) -> Iterator[tuple[int, Any]]:
+    def _seeded(self, reseed: Reseed) -> Iterator[tuple[int, Any]]:
         world = self._world
         for index in range(self.first, self.final + 1):
             step, turn = divmod(index, self._turns)
-            if turn >= self._own:
-                yield index, IDLE
-                continue
-            if self._reseed is not None:
-                self._reseed(self._epoch, step, turn * world.world_size + world.global_rank)
+            reseed(self._epoch, step, turn * world.world_size + world.global_rank)
             batch = next(self._iterator, NOTHING)
             if batch is NOTHING:
                 return

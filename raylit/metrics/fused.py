@@ -244,20 +244,17 @@ class Agreement:
             value = slot.last if slot is not None else None
             present = value is not None and entry.settings.sync_op == (slot.settings.sync_op if slot else "")
             own.append(torch.as_tensor(value if present else 0.0).detach().to(device=device, dtype=dtype))
-            weight = float(slot.parts) if present and slot is not None else 0.0
-            own.append(torch.full((), weight, device=device, dtype=dtype))
+            own.append(torch.full((), float(present), device=device, dtype=dtype))
         gathered = torch.stack(self._collective.all_gather(torch.stack(own)))  # [ranks, keys * 2]
-        values, weights = gathered[:, 0::2], gathered[:, 1::2]
-        everywhere = weights.amin(0) > 0
+        values, everywhere = gathered[:, 0::2], gathered[:, 1::2].amin(0) > 0
         for i, entry in enumerate(entries):
             slot = slots.get(entry.key)
             if slot is None or slot.last is None:
                 continue
             column, op = values[:, i], entry.settings.sync_op
-            if op == "mean":  # of ranks that had as many shares each, the mean of their values
-                total = (column * weights[:, i]).sum() / weights[:, i].sum()
-            else:
-                total = column.amin() if op == "min" else column.amax() if op == "max" else column.sum()
+            total = column.amin() if op == "min" else column.amax() if op == "max" else column.sum()
+            if op == "mean":
+                total = total / len(column)
             local = torch.as_tensor(slot.last).detach()
             target = local if local.is_floating_point() else total
             slot.last = torch.where(everywhere[i].to(local.device), total.to(target), local.to(target))

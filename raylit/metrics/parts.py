@@ -29,6 +29,7 @@ class PartsLog:
         self._size = size  # samples of the whole batch
         self._before: dict[str, Any] = {}  # each key's value of an earlier batch
         self._values: dict[str, list[tuple[Any, int | None]]] = {}
+        self._shown: dict[str, Any] = {}  # what ``show`` has put into the slots, and no part has logged
         # Truncated BPTT: what was pending before, with the batch_size given, and what each part added.
         self._pending: dict[str, tuple[int, int | None]] = {}
         self._given: dict[str, int] = {}
@@ -44,8 +45,9 @@ class PartsLog:
 
     def end(self, size: int | None) -> None:
         """Take what a part of ``size`` samples has logged."""
+        shown, self._shown = self._shown, {}
         for key, slot in self._slots.items():
-            if slot.last is not None:
+            if slot.last is not None and not (key in shown and slot.last is shown[key]):
                 self._values.setdefault(key, []).append((slot.last, size))
             if slot.pending_size is not None:
                 self._given[key] = self._given.get(key, 0) + slot.pending_size
@@ -55,14 +57,18 @@ class PartsLog:
                 self._added.setdefault(key, []).append((slot.pending[start:], size))
                 del slot.pending[start:]
 
+    def show(self, size: int | None) -> None:
+        """Let the values so far be read, in the midst of a part; ``end`` takes what it logs from here on."""
+        self.end(size)
+        self.finish()
+        self._shown = {key: slot.last for key, slot in self._slots.items()}
+
     def finish(self) -> None:
         """Give every key its step value of the whole batch; one that no part logged keeps the earlier one."""
         self._set_size(self._size)
         for key, slot in self._slots.items():
             values = self._values.get(key)
             slot.last = _combined(slot, values, self._shares) if values else self._before.get(key)
-            if self._shares and values:
-                slot.parts = len(values)
             slot.pending_size = self._given.get(key, self._pending.get(key, (0, None))[1])
             added = self._added.get(key)
             if added is not None:

@@ -92,9 +92,8 @@ class Slot:
     """The state of one key in one loop. ``values`` and ``weights`` are the running chunk's own lists."""
 
     __slots__ = (
-        "call", "fx", "implicit", "key", "last", "loader", "metric", "metric_path", "on_epoch", "on_step", "parts",
-        "pending", "pending_size", "running", "settings", "shown", "site", "suffix", "tbptt_fx", "values", "weighted",
-        "weights",
+        "call", "fx", "implicit", "key", "last", "loader", "metric", "metric_path", "on_epoch", "on_step", "pending",
+        "pending_size", "running", "settings", "shown", "site", "suffix", "tbptt_fx", "values", "weighted", "weights",
     )  # fmt: skip
 
     def __init__(self, key: str, suffix: str, settings: Settings, site: str, loader: int | None) -> None:
@@ -111,7 +110,6 @@ class Slot:
         self.tbptt_fx: Callable[[Tensor], Any] | None = None
         self.last: Any = None  # the latest step value that the loggers have not had
         self.shown: Any = None  # the one that they have had
-        self.parts = 1  # shares of a step that the latest step value is of; above 1 in elastic runs alone
         self.metric: Any = None
         self.metric_path = ""
         self.pending: list[Any] = []  # values of the splits of the present batch
@@ -164,8 +162,7 @@ class Slot:
         """Return plain values and tensors; callables stay behind, and come back with the next call of log."""
         return {
             "key": self.key, "suffix": self.suffix, "settings": list(self.settings), "site": self.site,
-            "loader": self.loader, "last": self.last, "shown": self.shown, "parts": self.parts,
-            "implicit": self.implicit,
+            "loader": self.loader, "last": self.last, "shown": self.shown, "implicit": self.implicit,
             "pending": list(self.pending), "pending_size": self.pending_size, "metric_path": self.metric_path,
             "metric_states": metric_states, "running": self.running.state_dict(),
         }  # fmt: skip
@@ -175,7 +172,6 @@ class Slot:
         """Rebuild from :meth:`state_dict`, without its callables and its metric object."""
         slot = cls(state["key"], state["suffix"], Settings(*state["settings"]), state["site"], state["loader"])
         slot.last, slot.shown, slot.implicit = state["last"], state["shown"], state["implicit"]
-        slot.parts = state.get("parts", 1)
         slot.pending, slot.pending_size = list(state["pending"]), state["pending_size"]
         slot.metric_path = state["metric_path"]
         slot._use(Running.from_state(state["running"], device))

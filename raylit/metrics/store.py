@@ -269,8 +269,6 @@ class MetricStore:
                     frame.slots.setdefault(slot.key, slot)
                     if frame.slots[slot.key] is not slot:
                         frame.slots[slot.key].absorb(slot)
-            for slot in frame.slots.values():
-                slot.parts = 1
             for slot in frame.slots.values() if others else ():
                 if slot.metric is not None:
                     self._join_metric(slot, [state["frames"][index] for state in states])

@@ -51,7 +51,7 @@ class _Keeping:
     before: Kept = field(default_factory=Kept)  # kept, until the save in flight is done
     taken: set[str] = field(default_factory=set)  # names in use
     saved: tuple[State, str] | None = None  # the last one
-    spare: str | None = None  # kept for a notice alone: goes once a later state is whole
+    spares: set[str] = field(default_factory=set)  # kept for a notice alone: they go once a later state is whole
     due_at: float = 0.0  # by time, on this rank's clock
 
     @property
@@ -96,18 +96,20 @@ class CheckpointKeeper:
         """Learn what a killed attempt of this run left; every rank calls it. One message for all stores."""
         mine = ([self._look(each) for each in self._kept], secrets.token_hex(4)) if self._first else None
         there, self._writer.attempt = self._collective.broadcast_object(mine)
-        for keeping, (names, left) in zip(self._kept, there):
-            keeping.taken = set(names)
-            keeping.kept = keeping.before = restored(keeping.callback.rules, left)
+        for keeping, (names, left, spares) in zip(self._kept, there):
+            keeping.taken, keeping.spares = set(names), set(spares)
+            kept = restored(keeping.callback.rules, left)
+            keeping.kept = keeping.before = replace(kept, last=spares[-1]) if spares else kept
             keeping.callback.began(keeping.store.folder.path, keeping.kept)
             keeping.due_at = self._now() + keeping.pause_s
 
-    def _look(self, keeping: _Keeping) -> tuple[list[str], list[tuple[str, float | None]]]:
+    def _look(self, keeping: _Keeping) -> tuple[list[str], list[tuple[str, float | None]], list[str]]:
         """Names in use, and this callback's checkpoints in this run; sweeps up what was never finished."""
         store, callback = keeping.store, keeping.callback
         names: list[str] = []
         mine: list[Manifest] = []
         whole: list[tuple[str, float | None]] = []
+        spares: list[str] = []
         try:
             for found in store.survey():
                 manifest = found.manifest
@@ -122,10 +124,13 @@ class CheckpointKeeper:
             for manifest in mine:
                 seen = manifest.step < here or [each.step for each in mine if each.step >= here] == [here]
                 if not store.faults(manifest, deep=not seen):
-                    whole.append((manifest.name, manifest.score))
+                    if manifest.notice:
+                        spares.append(manifest.name)
+                    else:
+                        whole.append((manifest.name, manifest.score))
         except OSError as error:
             self._parts.output.note(f"the checkpoints in {store.folder.path} cannot be looked at: {error}")
-        return names, whole
+        return names, whole, spares
 
     def close(self) -> None:
         """Let the save in flight come to its end; after an exception too, and without the other ranks."""
@@ -312,17 +317,21 @@ class CheckpointKeeper:
             return Decision(False, keeping.kept), name
         values = {**metrics, "epoch": self._epoch(point), "step": self._state.global_step}
         name = plain = callback.format_checkpoint_name(values)
+        if point is SafePoint.PREEMPTION:  # it takes no name that another one would have had
+            name = plain = f"{plain}-notice"
         version = 0
         while name in keeping.taken:
             version += 1
-            name = callback.format_checkpoint_name(values, ver=version)
+            name = f"{plain}{callback.CHECKPOINT_JOIN_CHAR}v{version}"
         decision = decide(rules, keeping.kept, name, metrics.get(callback.monitor or ""), at_end=at_end)
         if decision.save and not callback.enable_version_counter:
             for earlier in (each for each in decision.kept.names if each != name and callback.is_version(each, plain)):
                 decision = replace(decision, kept=decision.kept.without(earlier), delete=(*decision.delete, earlier))
-        spare, whole = keeping.spare, point is not SafePoint.PREEMPTION and not callback.save_weights_only
-        if decision.save and whole and spare is not None and decision.kept.last == spare:
-            decision = replace(decision, kept=replace(decision.kept, last=None), delete=(*decision.delete, spare))
+        whole = point is SafePoint.PREEMPTION or not callback.save_weights_only
+        if decision.save and whole and keeping.spares:
+            last = decision.kept.last if decision.kept.last not in keeping.spares else None
+            gone = tuple(sorted(keeping.spares - set(decision.delete)))
+            decision = replace(decision, kept=replace(decision.kept, last=last), delete=(*decision.delete, *gone))
         return decision, name
 
     def _job(self, keeping: _Keeping, decision: Decision, name: str, here: State, metrics: dict[str, float],
@@ -334,7 +343,7 @@ class CheckpointKeeper:
                 other.taken.add(name)
         callback.has(decision.kept)
         if point is SafePoint.PREEMPTION:
-            keeping.spare = name
+            keeping.spares.add(name)
         if callback.verbose:
             score = callback.current_score
             text = "" if score is None else f", {callback.monitor} = {float(score):.6g}"
@@ -342,7 +351,7 @@ class CheckpointKeeper:
         light = callback.save_weights_only and point is not SafePoint.PREEMPTION
         manifest = Manifest(
             name, state.global_step, 0, self._epoch(point), state.world.world_size, metrics, callback.monitor,
-            callback.mode, callback.state_key, self._run, light,
+            callback.mode, callback.state_key, self._run, light, point is SafePoint.PREEMPTION,
         )  # fmt: skip
         return Job(keeping.store, manifest, decision.delete)
 
@@ -368,6 +377,7 @@ class CheckpointKeeper:
             for keeping in self._kept:
                 if keeping.store.folder.path == outcome.job.store.folder.path:
                     keeping.taken.difference_update(deleted)
+                    keeping.spares.difference_update(deleted)
         return any(failed for failed, _ in said)
 
     def _fell_through(self, outcome: Outcome) -> None:

@@ -1,12 +1,15 @@
-"""Room for more workers of an elastic run: a request for each that is missing is kept open at Ray. Floor 4, on workers.
+"""Room for more workers of an elastic run: requests for it are kept open at Ray. Floor 4, on workers.
 
-Rank 0 makes the requests, placement groups of one worker's resources each, and looks which are met. A cluster that
-grows by itself sees them as what is wanted. The driver removes them before it starts the run again.
+Rank 0 makes the requests and looks which are met: placement groups, each of the resources from one number of workers
+that the run may have to the next, all or nothing. A cluster that grows by itself sees them as what is wanted. The
+driver removes them before it starts the run again.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +22,7 @@ _LOOK_S = 5.0  # the least between two looks; a look is one question to Ray for 
 class ElasticNotices:
     """Implements ``ports.Notices``: what ``preemption`` hears, and, every ``elastic.every_s``, room that is of use.
 
-    ``requests``: how many of the open requests are met; asked on rank 0 alone. Every rank has one.
+    ``requests``: for how many more workers the open requests are met; asked on rank 0 alone. Every rank has one.
     """
 
     def __init__(self, elastic: Elastic, world: World, preemption: Notices | None, requests: Callable[[], int],
@@ -47,21 +50,31 @@ class ElasticNotices:
 
 
 class OpenRequests:
-    """Placement groups for the workers that an elastic run has not. Made at the first call; one by name each."""
+    """Placement groups for the workers that an elastic run has not. Made at the first call."""
 
     def __init__(self, elastic: Elastic, world_size: int) -> None:
-        self._elastic, self._missing = elastic, elastic.most - world_size
-        self._groups: list[Any] | None = None
+        self._elastic = elastic
+        sizes = [world_size, *(size for size in elastic.sizes if size > world_size)]
+        self._steps = [more - size for size, more in itertools.pairwise(sizes)]
+        self._groups: list[Any] = []
 
     def __call__(self) -> int:
-        """Return how many are met."""
+        """Return how many more workers there is room for. A look that fails is none: the run goes on as it is."""
         from ray.util import placement_group, placement_group_table
 
-        if self._groups is None:
-            bundle = dict(self._elastic.bundle)
-            self._groups = [placement_group([bundle], name=f"{self._elastic.request}{number}")
-                            for number in range(self._missing)]  # fmt: skip
-        return sum(placement_group_table(group).get("state") == "CREATED" for group in self._groups)
+        room = 0
+        try:
+            for number, workers in enumerate(self._steps):
+                if number == len(self._groups):
+                    bundles = [dict(self._elastic.bundle)] * workers
+                    self._groups.append(placement_group(bundles, name=f"{self._elastic.request}{number}"))
+            for workers, group in zip(self._steps, self._groups):
+                if placement_group_table(group).get("state") != "CREATED":
+                    break
+                room += workers
+        except Exception as error:
+            warnings.warn(f"Ray could not be asked for room for more workers: {error}", stacklevel=2)
+        return room
 
 
 def elastic_notices(elastic: Elastic, world: World) -> ElasticNotices:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from raylit.callbacks import ModelCheckpoint
 from raylit.checkpoint.folder import Folder
 from raylit.checkpoint.store import Store
-from raylit.engine.notices import NoticeWatch
+from raylit.engine.notices import NoticeWatch, WorkersChange
 from raylit.ports import Collective, Notice, RunSnapshot
 from raylit.stage import SafePoint
 from tests.contract.resuming import Net, Noisy, WithOutputs, assert_same, run_recorded, seed_all, shuffled, through_file
@@ -232,3 +232,40 @@ def test_it_asks_as_often_as_is_of_use(batch_s: float, every_s: float, most: flo
     pauses = [later - before for before, later in pairwise(asked)]
     assert pauses and max(pauses) <= most + 1e-6
     assert min(pauses) >= every_s / 4
+
+
+class Leaves(Announces):
+    """A notice on which an elastic run stops, to be taken up by another number of workers."""
+
+    def ask(self, collective: Collective) -> Notice | None:
+        notice = super().ask(collective)
+        return None if notice is None else Notice(notice.text, leave=True)
+
+
+@pytest.mark.parametrize(
+    "keeper",
+    [lambda: ModelCheckpoint(), lambda: ModelCheckpoint(monitor="val_loss", save_top_k=2),
+     lambda: ModelCheckpoint(every_n_train_steps=3, save_last=True), lambda: ModelCheckpoint(save_top_k=-1)],
+)  # fmt: skip
+def test_a_run_that_is_resized_keeps_what_it_would_have_kept(
+    tmp_path: Path, keeper: Callable[[], ModelCheckpoint]
+) -> None:
+    """The checkpoint of a change goes once a later state is kept, and is never one of the best; three changes."""
+
+    def attempt(folder: Path, notices: Any = None) -> Any:
+        seed_all(1)
+        return run_here(Net(), shuffled(14, 4)(), val=validation()[0], order_seed=1, max_epochs=3, storage=str(folder),
+                        callbacks=[keeper()], notices=notices, num_workers=(1, 2))  # fmt: skip
+
+    def kept(folder: Path) -> list[tuple[str, dict[str, float]]]:
+        return [(each.name, each.metrics) for each in Store(Folder(str(folder / "checkpoints"))).manifests()]
+
+    attempt(tmp_path / "whole")
+    for at in (1, 2, 0):
+        with pytest.raises(WorkersChange):
+            attempt(tmp_path / "resized", Leaves(at=(at,)))
+    assert any(not found.faults for found in Store(Folder(str(tmp_path / "resized" / "checkpoints"))).survey())
+    attempt(tmp_path / "resized")
+    mine, theirs = kept(tmp_path / "resized"), kept(tmp_path / "whole")
+    assert [name for name, _ in mine] == [name for name, _ in theirs]
+    assert [metrics for _, metrics in mine] == [pytest.approx(metrics) for _, metrics in theirs]

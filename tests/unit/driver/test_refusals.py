@@ -271,11 +271,18 @@ def test_an_elastic_step_needs_a_sample_for_each_of_the_most_workers(trainer: Ca
         ({"use_distributed_sampler": False}, "raylit shares the samples out anew"),
         ({"placement_strategy": "STRICT_SPREAD"}, "use 'SPREAD', or give one number of workers"),
         ({"elastic_batch": "grow"}, "elastic_batch='grow'.*'keep'.*'scale'"),
+        ({"num_workers": (3, 4)}, r"only 4 workers have as many.*Use num_workers=\(2, 4\), num_workers=4, or"),
+        ({"scaling_config": "labelled"}, r"ScalingConfig\(label_selector=...\)\): an elastic run counts room"),
     ],
 )
 def test_what_contradicts_an_elastic_run(given: dict[str, Any], text: str) -> None:
+    if "scaling_config" in given:
+        import ray.train
+
+        labels = {"a": "b"}
+        given = {"scaling_config": ray.train.ScalingConfig(num_workers=(1, 2), use_gpu=False, label_selector=labels)}
     with pytest.raises(ConfigError, match=text):
-        raylit.Trainer(num_workers=(1, 2), **given)
+        raylit.Trainer(**{"num_workers": (1, 2), **given})
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "two", True, (2, 1), (0, 2)])

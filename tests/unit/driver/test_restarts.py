@@ -49,6 +49,11 @@ def test_announced_losses_count_apart() -> None:
     assert start_again(taken, [taken] * 9, 0, True) and not start_again(taken, [], None, False)
     assert start_again(taken, [taken], 0, True, 2) and not start_again(taken, [taken, taken], 0, True, 2)
     assert start_again(LOST, [taken, taken], 1, True) and not start_again(LOST, [taken, LOST], 1, True)
+    unplaced = ResourceError("the workers could not be started")
+    unplaced.__dict__["raylit_unplaced"] = True
+    again = fault_of(unplaced)
+    assert again == Fault("unplaced") and start_again(LOST, [again] * 4, 1, True)
+    assert start_again(again, [again] * 4, 0, False) and not start_again(again, [again] * 5, 9, True)
     announced = WorkerLostError("the node of worker 1 was taken away")
     announced.__dict__["raylit_preempted"] = True
     assert fault_of(announced) == taken
