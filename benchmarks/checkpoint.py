@@ -1,6 +1,6 @@
 """What a checkpoint costs a training: the stall of the loop, all that is lost, and memory. CPU, one thread a process.
 
-    python benchmarks/checkpoint.py                                  in process, against torch.save in the loop
+    python benchmarks/checkpoint.py --checkpoints 60                 in process, against torch.save in the loop
     python benchmarks/checkpoint.py --peers                          and torch.distributed.checkpoint.async_save
     python benchmarks/checkpoint.py --workers 2                      on two Ray workers
     python benchmarks/checkpoint.py --memory                         peak memory, a process each
@@ -11,10 +11,12 @@ the same disk. The clock is read at the beginning of each ``training_step``. A p
 begins after the save: the one interval that has the save in it counts with the steps behind it.
 
     stall    the interval with the save in it, less the median of the five intervals before it
-    all-in   a period, less the median period of the fit that saves nothing in the same round
+    all-in   a period, less the period of the fit that saves nothing beside it
 
-Both are divided by what one ``torch.save`` of the same state took in the same round (median). The first two periods
-of a fit do not count. ``--workers``: rank 0's clock; ``torch.save`` is rank 0's, as its users do it.
+Both are divided by what one ``torch.save`` of the same state took (median). In process the fits are threads that hand
+over to each other after every period, so that whatever else the machine does meets them alike; of all periods the
+median counts, and its standard error stands beside it. The first two periods of a fit do not count. ``--workers``: one
+fit after another, rank 0's clock; ``torch.save`` is rank 0's, as its users do it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -57,8 +60,9 @@ WAYS = {
 class Task(raylit.Module):
     """``how`` says who saves every 20 steps; ``began`` and ``saves`` come home with the model."""
 
-    def __init__(self, how: str, folder: str) -> None:
+    def __init__(self, how: str, folder: str, turns: Turns | None = None) -> None:
         super().__init__()
+        self.turns, self.waited = turns, 0.0  # seconds, for the others
         layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(LAYERS)]
         self.net = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
         self.how, self.folder = how, folder
@@ -70,7 +74,9 @@ class Task(raylit.Module):
         return torch.optim.Adam(self.parameters(), lr=1e-4)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.began.append(time.perf_counter())
+        if self.turns is not None and batch_idx % EVERY == 0:
+            self.waited += self.turns.hand_over(self.how)
+        self.began.append(time.perf_counter() - self.waited)
         return self.net(batch).square().mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
@@ -101,18 +107,63 @@ class Task(raylit.Module):
             self.pending = None
 
 
-def fit(how: str, periods: int, workers: int) -> Task:
+class Turns:
+    """Threads that run one at a time, each until it hands over to the next in the order of their names."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names, self._at, self._changed = list(names), 0, threading.Condition()
+
+    def hand_over(self, name: str) -> float:
+        """Let the next one run, and wait for this one's turn; return the seconds waited."""
+        began = time.perf_counter()
+        with self._changed:
+            if self._names[self._at] == name:
+                self._at = (self._at + 1) % len(self._names)
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._names[self._at] == name)
+        return time.perf_counter() - began
+
+    def leave(self, name: str) -> None:
+        """This one has ended."""
+        with self._changed:
+            after = self._names[(self._names.index(name) + 1) % len(self._names)]
+            self._names.remove(name)
+            self._at = self._names.index(after) if self._names and after != name else 0
+            self._changed.notify_all()
+
+
+def together(ways: list[str], periods: int) -> dict[str, Task]:
+    """A fit for each way, turn by turn."""
+    turns, tasks = Turns(ways), dict[str, Task]()
+
+    def run(way: str) -> None:
+        try:
+            tasks[way] = fit(way, periods, 0, turns)
+        finally:
+            turns.leave(way)
+
+    with quiet():
+        threads = [threading.Thread(target=run, args=(way,)) for way in ways]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return tasks
+
+
+def fit(how: str, periods: int, workers: int, turns: Turns | None = None) -> Task:
     """One fit; returns its Module with what it measured."""
     steps = EVERY * (WARM_UP + periods) + 1  # the last one ends the last interval
-    with quiet() as folder:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as folder:
         torch.manual_seed(0)
-        task = Task(how, folder)
+        task = Task(how, folder, turns)
         saver = ModelCheckpoint(every_n_train_steps=EVERY)
         raylit.Trainer(
             num_workers=workers, use_gpu=False, max_steps=steps, max_epochs=1, logger=False, storage_path=folder,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
             enable_checkpointing=how == "raylit", callbacks=[saver] if how == "raylit" else None,
         ).fit(task, train_dataloaders=[torch.randn(BATCH, WIDTH)] * steps)  # fmt: skip
+        task.turns = None
         os.sync()  # what this fit left to be written is not the next one's
     return task
 
@@ -137,7 +188,8 @@ def rounds(ways: list[str], count: int, periods: int, workers: int) -> None:
     units, steps = [], []
     for each in range(count):
         turn = ways[each % len(ways) :] + ways[: each % len(ways)]
-        tasks = {way: fit(way, periods, workers) for way in turn}
+        with quiet():
+            tasks = {way: fit(way, periods, workers) for way in turn}
         unit = statistics.median(tasks["save"].saves[WARM_UP - 1 :])
         plain = statistics.median(sum(period) for period in periods_of(tasks["none"]))
         units.append(unit)
@@ -151,6 +203,26 @@ def rounds(ways: list[str], count: int, periods: int, workers: int) -> None:
     for way in ways:
         cells = [spread([pair[at] for pair in found[way]]) for at in (0, 1)]
         print(f"| {WAYS[way]:47} | {cells[0]:>18} | {cells[1]:>18} |", flush=True)
+
+
+def in_turns(ways: list[str], periods: int) -> None:
+    tasks = together(ways, periods)
+    unit = statistics.median(tasks["save"].saves[WARM_UP - 1 :])
+    plain = [sum(period) for period in periods_of(tasks["none"])]
+    step = statistics.median(plain) / EVERY
+    print(f"torch.save {unit * 1e3:.0f} ms, a plain step {step * 1e3:.0f} ms, {periods} saves")
+    print(f"| {'x torch.save: median (its standard error)':47} | {'stall':>18} | {'all-in':>18} |")
+    print(f"| {'---':47} | {'---:':>18} | {'---:':>18} |")
+    for way in ways:
+        stalls = [stall / unit for stall in stalls_of(tasks[way])]
+        all_in = [(sum(mine) - other) / unit for mine, other in zip(periods_of(tasks[way]), plain)]
+        print(f"| {WAYS[way]:47} | {sure(stalls):>18} | {sure(all_in):>18} |", flush=True)
+
+
+def sure(values: list[float]) -> str:
+    """The median and its standard error, from the quartiles: 1.25 times that of a mean of normal values."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{statistics.median(values):.2f} ({1.25 * (high - low) / 1.35 / len(values) ** 0.5:.2f})"
 
 
 def spread(values: list[float]) -> str:
@@ -174,10 +246,9 @@ def memory(ways: list[str], count: int) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[str]:
-    """Send what a library prints nowhere, and give it a folder that is removed afterwards."""
+def quiet() -> Iterator[None]:
+    """Send what a library prints nowhere."""
     with (
-        tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as folder,
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
@@ -186,15 +257,15 @@ def quiet() -> Iterator[str]:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
-            yield folder
+            yield
         finally:
             logging.disable(logging.NOTSET)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--checkpoints", type=int, default=6, help="of a fit that count")
+    parser.add_argument("--rounds", type=int, default=5, help="with --workers or --memory")
+    parser.add_argument("--checkpoints", type=int, default=6, help="of a fit that count; in process, 60 are few")
     parser.add_argument("--workers", type=int, default=0, help="0: in this process")
     parser.add_argument("--peers", action="store_true", help="torch.distributed.checkpoint as well")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
@@ -202,7 +273,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.child:
-        fit(args.child, 3, 0)
+        with quiet():
+            fit(args.child, 3, 0)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)  # macOS counts bytes, Linux KiB
         return
@@ -211,6 +283,8 @@ def main() -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, one thread, {where}")
     if args.memory:
         memory(ways, args.rounds)
+    elif not args.workers:
+        in_turns(ways, args.checkpoints)
     else:
         rounds(ways, args.rounds, args.checkpoints, args.workers)
 
