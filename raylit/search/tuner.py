@@ -15,7 +15,7 @@ import torch
 
 from raylit.config.fit import as_fast_dev_run
 from raylit.config.trainer import TrainerConfig
-from raylit.driver import cluster
+from raylit.driver import cluster, pool
 from raylit.driver.faults import for_caller
 from raylit.driver.folder import default_storage, new_name
 from raylit.errors import ConfigError, ResourceError, nearest
@@ -24,6 +24,7 @@ from raylit.search.space import check_names, fit_config, split
 from raylit.search.table import Goal, summary
 from raylit.search.trial import TrialRun, TrialSpec
 from raylit.seed import get_random_state, set_random_state
+from raylit.trainer import RunInterrupted
 from raylit.wire import Job
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class Tuner:
             over = ", ".join(self._space) or "what the search algorithm draws"
             print(f"searching over {over}: Ray starts", flush=True)
         cluster.connect(placement.runtime_env)
+        pool.release()  # workers that an evaluation left hold resources that trials need
         spec.use_gpu = self._with_gpu()
         spec.bundle = cluster.per_worker(placement.resources_per_worker, bool(spec.use_gpu))
         self._check_fits(spec)
@@ -160,9 +162,15 @@ class Tuner:
             else:
                 tuner = tune.Tuner(trial, param_space=self._space, tune_config=tune_config, run_config=run_config)
             results = tuner.fit()
+        rows = list(display.rows.values())
+        if any(row.status == "running" for row in rows):  # Tune has heard Ctrl-C, kept the search's state, and returned
+            ended = sum(row.status in ("done", "stopped", "failed") for row in rows)
+            print(f"interrupted after {ended} trials; raylit.Tuner.restore({results.experiment_path!r}, ...) goes on",
+                  file=sys.stderr)  # fmt: skip
+            raise RunInterrupted(130)
         if self._config.fit.enable_progress_bar:
             name = self._module_class.__name__
-            print(summary(list(display.rows.values()), self._goal, name, results.experiment_path))
+            print(summary(rows, self._goal, name, results.experiment_path))
         return results
 
     def _spec(self) -> TrialSpec:

@@ -61,6 +61,12 @@ class Data(raylit.DataModule):
         return self.loader(32, 40)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Trials begin with the random state of this process: which of them is better does not depend on other tests."""
+    torch.manual_seed(5)
+
+
 BY_LOSS: dict[str, Any] = {"metric": "val_loss", "mode": "min"}
 
 
