@@ -1,22 +1,22 @@
 """What a checkpoint costs a training: the stall of the loop, all that is lost, and memory. CPU, one thread a process.
 
-    python benchmarks/checkpoint.py --checkpoints 60                 in process, against torch.save in the loop
+    python benchmarks/checkpoint.py                                  in process, against torch.save in the loop
     python benchmarks/checkpoint.py --peers                          and torch.distributed.checkpoint.async_save
     python benchmarks/checkpoint.py --workers 2                      on two Ray workers
     python benchmarks/checkpoint.py --memory                         peak memory, a process each
 
 How it is measured. One Module of 8.4 million parameters with Adam, 101 MB of state, is fitted by raylit once for each
-way of saving: not at all; ``ModelCheckpoint(every_n_train_steps=20)``; ``torch.save`` in ``on_train_batch_end``, all on
-the same disk. The clock is read at the beginning of each ``training_step``. A period is 20 steps, the first of which
-begins after the save: the one interval that has the save in it counts with the steps behind it.
+way of saving: ``ModelCheckpoint(every_n_train_steps=40)``; ``torch.save`` in ``on_train_batch_end``, on the same disk.
+The clock is read at the beginning of each ``training_step``. A period is 20 steps, and every second one begins with the
+interval that has a save in it; the ones between have none. So a fit is compared with itself: where its tensors lie in
+memory makes more difference between two fits than a save does.
 
     stall    the interval with the save in it, less the median of the five intervals before it
-    all-in   a period, less the period of the fit that saves nothing beside it
+    all-in   a period with a save, less the mean of the periods before and behind it
 
-Both are divided by what one ``torch.save`` of the same state took (median). In process the fits are threads that hand
-over to each other after every period, so that whatever else the machine does meets them alike; of all periods the
-median counts, and its standard error stands beside it. The first two periods of a fit do not count. ``--workers``: one
-fit after another, rank 0's clock; ``torch.save`` is rank 0's, as its users do it.
+Both are divided by what one ``torch.save`` of the same state took (median of the round); of all saves the median
+counts, and its standard error stands beside it. The first two periods of a fit do not count. ``--workers``: rank 0's
+clock; ``torch.save`` is rank 0's, as its users do it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -45,7 +44,8 @@ from torch import Tensor, nn
 import raylit
 from raylit.callbacks import ModelCheckpoint
 
-EVERY = 20  # steps between two checkpoints
+PERIOD = 20  # steps; a checkpoint in every second one
+EVERY = 2 * PERIOD
 WARM_UP = 2  # periods at the beginning that do not count
 BEFORE = 5  # intervals before a save that say what a plain step takes
 WIDTH, LAYERS, BATCH = 1024, 8, 64
@@ -58,11 +58,10 @@ WAYS = {
 
 
 class Task(raylit.Module):
-    """``how`` says who saves every 20 steps; ``began`` and ``saves`` come home with the model."""
+    """``how`` says who saves every 40 steps; ``began`` and ``saves`` come home with the model."""
 
-    def __init__(self, how: str, folder: str, turns: Turns | None = None) -> None:
+    def __init__(self, how: str, folder: str) -> None:
         super().__init__()
-        self.turns, self.waited = turns, 0.0  # seconds, for the others
         layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(LAYERS)]
         self.net = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
         self.how, self.folder = how, folder
@@ -74,9 +73,7 @@ class Task(raylit.Module):
         return torch.optim.Adam(self.parameters(), lr=1e-4)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        if self.turns is not None and batch_idx % EVERY == 0:
-            self.waited += self.turns.hand_over(self.how)
-        self.began.append(time.perf_counter() - self.waited)
+        self.began.append(time.perf_counter())
         return self.net(batch).square().mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
@@ -107,126 +104,55 @@ class Task(raylit.Module):
             self.pending = None
 
 
-class Turns:
-    """Threads that run one at a time, each until it hands over to the next in the order of their names."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._names, self._at, self._changed = list(names), 0, threading.Condition()
-
-    def hand_over(self, name: str) -> float:
-        """Let the next one run, and wait for this one's turn; return the seconds waited."""
-        began = time.perf_counter()
-        with self._changed:
-            if self._names[self._at] == name:
-                self._at = (self._at + 1) % len(self._names)
-                self._changed.notify_all()
-            self._changed.wait_for(lambda: self._names[self._at] == name)
-        return time.perf_counter() - began
-
-    def leave(self, name: str) -> None:
-        """This one has ended."""
-        with self._changed:
-            after = self._names[(self._names.index(name) + 1) % len(self._names)]
-            self._names.remove(name)
-            self._at = self._names.index(after) if self._names and after != name else 0
-            self._changed.notify_all()
-
-
-def together(ways: list[str], periods: int) -> dict[str, Task]:
-    """A fit for each way, turn by turn."""
-    turns, tasks = Turns(ways), dict[str, Task]()
-
-    def run(way: str) -> None:
-        try:
-            tasks[way] = fit(way, periods, 0, turns)
-        finally:
-            turns.leave(way)
-
-    with quiet():
-        threads = [threading.Thread(target=run, args=(way,)) for way in ways]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return tasks
-
-
-def fit(how: str, periods: int, workers: int, turns: Turns | None = None) -> Task:
+def fit(how: str, saves: int, workers: int) -> Task:
     """One fit; returns its Module with what it measured."""
-    steps = EVERY * (WARM_UP + periods) + 1  # the last one ends the last interval
+    steps = PERIOD * (WARM_UP + 2 * saves + 1) + 1  # the last one ends the last interval
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as folder:
         torch.manual_seed(0)
-        task = Task(how, folder, turns)
+        task = Task(how, folder)
         saver = ModelCheckpoint(every_n_train_steps=EVERY)
         raylit.Trainer(
             num_workers=workers, use_gpu=False, max_steps=steps, max_epochs=1, logger=False, storage_path=folder,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
             enable_checkpointing=how == "raylit", callbacks=[saver] if how == "raylit" else None,
         ).fit(task, train_dataloaders=[torch.randn(BATCH, WIDTH)] * steps)  # fmt: skip
-        task.turns = None
         os.sync()  # what this fit left to be written is not the next one's
     return task
 
 
-def periods_of(task: Task) -> list[list[float]]:
-    """The intervals between steps, by periods; each begins with the one that has the save in it."""
+def measured(task: Task) -> tuple[list[float], list[float]]:
+    """Seconds: the stall of each save, and all that it cost."""
     intervals = [after - before for before, after in zip(task.began, task.began[1:])]
-    starts = range(WARM_UP * EVERY - 1, len(intervals) - EVERY + 1, EVERY)
-    return [intervals[start : start + EVERY] for start in starts]
+    periods = [sum(intervals[start : start + PERIOD]) for start in range(PERIOD - 1, len(intervals), PERIOD)]
+    saves = range(WARM_UP + WARM_UP % 2 + 1, len(periods) - 1, 2)  # period 0 begins with the end of step 20
+    stalls = [intervals[at] - statistics.median(intervals[at - BEFORE : at])
+              for at in ((period + 1) * PERIOD - 1 for period in saves)]  # fmt: skip
+    return stalls, [periods[at] - (periods[at - 1] + periods[at + 1]) / 2 for at in saves]
 
 
-def stalls_of(task: Task) -> list[float]:
-    intervals = [after - before for before, after in zip(task.began, task.began[1:])]
-    return [
-        intervals[at] - statistics.median(intervals[at - BEFORE : at])
-        for at in range(WARM_UP * EVERY - 1, len(intervals), EVERY)
-    ]
-
-
-def rounds(ways: list[str], count: int, periods: int, workers: int) -> None:
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}  # stall and all-in, x torch.save
-    units, steps = [], []
+def rounds(ways: list[str], count: int, saves: int, workers: int) -> None:
+    found: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in ways}  # x torch.save
+    units = []
     for each in range(count):
         turn = ways[each % len(ways) :] + ways[: each % len(ways)]
         with quiet():
-            tasks = {way: fit(way, periods, workers) for way in turn}
-        unit = statistics.median(tasks["save"].saves[WARM_UP - 1 :])
-        plain = statistics.median(sum(period) for period in periods_of(tasks["none"]))
-        units.append(unit)
-        steps.append(plain / EVERY)
+            tasks = {way: fit(way, saves, workers) for way in turn}
+        units.append(statistics.median(tasks["save"].saves[1:]))
         for way, task in tasks.items():
-            all_in = statistics.median(sum(period) - plain for period in periods_of(task))
-            found[way].append((statistics.median(stalls_of(task)) / unit, all_in / unit))
-    print(f"torch.save {statistics.median(units) * 1e3:.0f} ms, a plain step {statistics.median(steps) * 1e3:.0f} ms")
-    print(f"| {'x torch.save: median (least-most) of the rounds':47} | {'stall':>18} | {'all-in':>18} |")
-    print(f"| {'---':47} | {'---:':>18} | {'---:':>18} |")
+            for values, seconds in zip(found[way], measured(task)):
+                values += [each / units[-1] for each in seconds]
+    print(f"torch.save {statistics.median(units) * 1e3:.0f} ms, {len(found['save'][0])} saves")
+    print(f"| {'x torch.save: median (its standard error)':47} | {'stall':>12} | {'all-in':>12} |")
+    print(f"| {'---':47} | {'---:':>12} | {'---:':>12} |")
     for way in ways:
-        cells = [spread([pair[at] for pair in found[way]]) for at in (0, 1)]
-        print(f"| {WAYS[way]:47} | {cells[0]:>18} | {cells[1]:>18} |", flush=True)
-
-
-def in_turns(ways: list[str], periods: int) -> None:
-    tasks = together(ways, periods)
-    unit = statistics.median(tasks["save"].saves[WARM_UP - 1 :])
-    plain = [sum(period) for period in periods_of(tasks["none"])]
-    step = statistics.median(plain) / EVERY
-    print(f"torch.save {unit * 1e3:.0f} ms, a plain step {step * 1e3:.0f} ms, {periods} saves")
-    print(f"| {'x torch.save: median (its standard error)':47} | {'stall':>18} | {'all-in':>18} |")
-    print(f"| {'---':47} | {'---:':>18} | {'---:':>18} |")
-    for way in ways:
-        stalls = [stall / unit for stall in stalls_of(tasks[way])]
-        all_in = [(sum(mine) - other) / unit for mine, other in zip(periods_of(tasks[way]), plain)]
-        print(f"| {WAYS[way]:47} | {sure(stalls):>18} | {sure(all_in):>18} |", flush=True)
+        stall, all_in = map(sure, found[way])
+        print(f"| {WAYS[way]:47} | {stall:>12} | {all_in:>12} |", flush=True)
 
 
 def sure(values: list[float]) -> str:
     """The median and its standard error, from the quartiles: 1.25 times that of a mean of normal values."""
     low, _, high = statistics.quantiles(values, n=4)
     return f"{statistics.median(values):.2f} ({1.25 * (high - low) / 1.35 / len(values) ** 0.5:.2f})"
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def memory(ways: list[str], count: int) -> None:
@@ -264,8 +190,8 @@ def quiet() -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="with --workers or --memory")
-    parser.add_argument("--checkpoints", type=int, default=6, help="of a fit that count; in process, 60 are few")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpoints", type=int, default=12, help="of a fit")
     parser.add_argument("--workers", type=int, default=0, help="0: in this process")
     parser.add_argument("--peers", action="store_true", help="torch.distributed.checkpoint as well")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
@@ -278,13 +204,11 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)  # macOS counts bytes, Linux KiB
         return
-    ways = ["none", "raylit", "save"] + (["async"] if args.peers else [])
+    ways = [*(["none"] if args.memory else []), "raylit", "save", *(["async"] if args.peers else [])]
     where = f"{args.workers} Ray workers" if args.workers else "in process"
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, one thread, {where}")
     if args.memory:
         memory(ways, args.rounds)
-    elif not args.workers:
-        in_turns(ways, args.checkpoints)
     else:
         rounds(ways, args.rounds, args.checkpoints, args.workers)
 
