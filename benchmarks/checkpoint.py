@@ -3,6 +3,7 @@
     python benchmarks/checkpoint.py                                  in process, against torch.save in the loop
     python benchmarks/checkpoint.py --peers                          and torch.distributed.checkpoint.async_save
     python benchmarks/checkpoint.py --workers 2                      on two Ray workers
+    python benchmarks/checkpoint.py --workers 2 --wait-ms 60         whose steps wait, as for a GPU, without the CPU
     python benchmarks/checkpoint.py --memory                         peak memory, a process each
 
 How it is measured. One Module of 8.4 million parameters with Adam, 101 MB of state, is fitted by raylit once for each
@@ -60,8 +61,9 @@ WAYS = {
 class Task(raylit.Module):
     """``how`` says who saves every 40 steps; ``began`` and ``saves`` come home with the model."""
 
-    def __init__(self, how: str, folder: str) -> None:
+    def __init__(self, how: str, folder: str, wait_s: float = 0.0) -> None:
         super().__init__()
+        self.wait_s = wait_s
         layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(LAYERS)]
         self.net = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
         self.how, self.folder = how, folder
@@ -74,6 +76,7 @@ class Task(raylit.Module):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.began.append(time.perf_counter())
+        time.sleep(self.wait_s)
         return self.net(batch).square().mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
@@ -104,12 +107,12 @@ class Task(raylit.Module):
             self.pending = None
 
 
-def fit(how: str, saves: int, workers: int) -> Task:
+def fit(how: str, saves: int, workers: int, wait_s: float = 0.0) -> Task:
     """One fit; returns its Module with what it measured."""
     steps = PERIOD * (WARM_UP + 2 * saves + 1) + 1  # the last one ends the last interval
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as folder:
         torch.manual_seed(0)
-        task = Task(how, folder)
+        task = Task(how, folder, wait_s)
         saver = ModelCheckpoint(every_n_train_steps=EVERY)
         raylit.Trainer(
             num_workers=workers, use_gpu=False, max_steps=steps, max_epochs=1, logger=False, storage_path=folder,
@@ -130,13 +133,13 @@ def measured(task: Task) -> tuple[list[float], list[float]]:
     return stalls, [periods[at] - (periods[at - 1] + periods[at + 1]) / 2 for at in saves]
 
 
-def rounds(ways: list[str], count: int, saves: int, workers: int) -> None:
+def rounds(ways: list[str], count: int, saves: int, workers: int, wait_s: float) -> None:
     found: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in ways}  # x torch.save
     units = []
     for each in range(count):
         turn = ways[each % len(ways) :] + ways[: each % len(ways)]
         with quiet():
-            tasks = {way: fit(way, saves, workers) for way in turn}
+            tasks = {way: fit(way, saves, workers, wait_s) for way in turn}
         units.append(statistics.median(tasks["save"].saves[1:]))
         for way, task in tasks.items():
             for values, seconds in zip(found[way], measured(task)):
@@ -193,6 +196,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--checkpoints", type=int, default=12, help="of a fit")
     parser.add_argument("--workers", type=int, default=0, help="0: in this process")
+    parser.add_argument("--wait-ms", type=float, default=0.0, help="that each step waits, without the CPU")
     parser.add_argument("--peers", action="store_true", help="torch.distributed.checkpoint as well")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--child", choices=list(WAYS), help=argparse.SUPPRESS)
@@ -210,7 +214,7 @@ def main() -> None:
     if args.memory:
         memory(ways, args.rounds)
     else:
-        rounds(ways, args.rounds, args.checkpoints, args.workers)
+        rounds(ways, args.rounds, args.checkpoints, args.workers, args.wait_ms / 1e3)
 
 
 if __name__ == "__main__":
