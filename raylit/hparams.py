@@ -51,6 +51,17 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
         return value
 
 
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested hyperparameters, or a report of them, with one key a value: ``model/hidden``."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}/")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def as_dict(obj: Any) -> dict[str, Any]:
     """Return the contents of a mapping, Namespace or dataclass object; ConfigError for anything else."""
     contents = obj if isinstance(obj, Mapping) else fields_of(obj)

@@ -231,12 +231,22 @@ def run_settings() -> Iterator[None]:
     A variable that is set already is the user's and stays.
     """
     wanted = {**_RUN_ENVIRONMENT, **(_SINGLE_NODE_ENVIRONMENT if single_node() and not may_grow() else {})}
+    with quiet_settings(wanted, "ray.train", logging.ERROR):
+        yield
+
+
+@contextlib.contextmanager
+def quiet_settings(wanted: Mapping[str, str], log: str, at: int) -> Iterator[None]:
+    """Environment variables ``wanted``, and the logger ``log`` at level ``at``, for the length of the body.
+
+    What the user has set, a variable or the logger's level, stays; the rest is put back.
+    """
     added = {k: v for k, v in wanted.items() if k not in os.environ}
-    logger = logging.getLogger("ray.train")
+    logger = logging.getLogger(log)
     level = logger.level
     os.environ.update(added)
     if level == logging.NOTSET:  # set: the user wants to read it
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(at)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylit.errors import ConfigError, nearest
+from raylit.hparams import flat
 from raylit.plots.scale import UNSET, is_number, number, text_of
 
 log = logging.getLogger(__name__)
@@ -147,17 +148,6 @@ def varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _exact(value: Any) -> tuple[bool, Any]:
     return (True, float(value)) if is_number(value) else (False, text_of(value))
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration, or report, with one key a value: ``model/hidden``."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}/")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 # -- metric and mode -----------------------------------------------------------------------------------------------

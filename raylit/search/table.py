@@ -6,13 +6,15 @@ Pure functions of plain rows, so that they can be read and tested without a sear
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from raylit.hparams import flat
 
 _MOST_ROWS = 16
 _MOST_COLUMNS = 8  # of hyperparameters
@@ -64,17 +66,6 @@ def varied(rows: Sequence[Row]) -> list[str]:
     seen = {key: {repr(flat(row.config).get(key)) for row in rows} for key in keys}
     differ = [key for key in keys if len(seen[key]) > 1]
     return differ if len(rows) > 1 else keys
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration with one key a value: ``model/hidden``."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}/")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def eta_s(rows: Sequence[Row], total: int | None) -> float | None:

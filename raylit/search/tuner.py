@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
@@ -70,7 +69,13 @@ class Tuner:
         self._config: TrainerConfig = trainer._config
         self._tune_config, self._run_config, self._dry_run = tune_config, run_config, dry_run
         self._restored: Any = None
-        self._check()
+        failed: ConfigError | None = None
+        try:
+            self._check()
+        except ConfigError as error:
+            failed = error
+        if failed is not None:
+            raise failed.with_traceback(None)  # the caller's line and the message say it all
 
     # -- checks --------------------------------------------------------------------------------------------------
     def _check(self) -> None:
@@ -156,7 +161,7 @@ class Tuner:
         shown = self._config.fit.enable_progress_bar
         display = SearchDisplay(self._goal, self._total(given), self._shown(), shown)
         run_config.callbacks = [*(run_config.callbacks or []), as_callback(display)]
-        with _quiet(), display:
+        with cluster.quiet_settings(_ENVIRONMENT, "ray.tune", logging.CRITICAL), display:
             if self._restored is not None:
                 tuner = tune.Tuner.restore(**self._restored, trainable=trial, param_space=self._space)
             else:
@@ -301,20 +306,3 @@ def _grids(space: Any) -> Iterator[list[Any]]:
             return
         for value in space.values():
             yield from _grids(value)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Tune's settings and a quiet log for one search; what a person set stays."""
-    added = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
-    os.environ.update(added)
-    logger = logging.getLogger("ray.tune")
-    level = logger.level
-    if level == logging.NOTSET:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        for key in added:
-            os.environ.pop(key, None)
