@@ -7,6 +7,7 @@ neither a node that is being drained nor one whose death Ray has not noticed yet
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,25 @@ from raylit.wire import Elastic
 
 _SETTLE_S = 3.0  # without another request met, what there is now is taken
 _TELL_S = 10.0  # waiting is told after this long
+
+
+def sized(pooled: bool, elastic: Elastic, failures: Any, again: bool, say: Callable[[str], None]) -> tuple[int, Any]:
+    """The number of workers to start now, and Ray's FailureConfig for them."""
+    import ray.train
+
+    from raylit.driver import pool
+
+    if pooled:
+        return workers_to_evaluate(elastic), failures
+    pool.release()  # workers that an evaluation left hold resources that count
+    if not again:
+        cluster.check_fits(elastic.least, elastic.bundle, use_gpu=False)
+    workers = workers_now(elastic, say)
+    say(f"starting {workers} Ray worker{'s' * (workers != 1)} (of {elastic.least} to {elastic.most}) ...")
+    # After a node was taken away, or where the room has gone meanwhile, Ray would wait; raylit takes what is there.
+    given = failures or ray.train.FailureConfig()
+    known = {each.name for each in dataclasses.fields(given)} & {"max_preemption_failures", "controller_failure_limit"}
+    return workers, dataclasses.replace(given, **dict.fromkeys(known, 0))
 
 
 def workers_now(elastic: Elastic, note: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> int:

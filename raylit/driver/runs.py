@@ -13,7 +13,7 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -37,7 +37,7 @@ from raylit.data.loader import prepare_all, prepare_train
 from raylit.datamodule import DataModule
 from raylit.display.terminal import TerminalDisplay
 from raylit.driver import folder as folders
-from raylit.driver.elastic import open_requests, workers_now, workers_to_evaluate
+from raylit.driver.elastic import open_requests, sized
 from raylit.driver.going_on import check_checkpoints, for_evaluation, for_fit, kept_by, with_checkpoints
 from raylit.driver.hooks import check_hooks, require
 from raylit.driver.restarts import DEFAULT, Fault, fault_of, start_again
@@ -272,7 +272,7 @@ def _launch(
             *placement.worker_range, keeps_batch=placement.elastic_batch == "keep", every_s=placement.resize_every_s,
             bundle=cluster.per_worker(resources, bool(use_gpu)), request=f"raylit-{secrets.token_hex(8)}-",
         )  # fmt: skip
-        workers, failures = _sized(pooled, elastic, failures, again, say)
+        workers, failures = sized(pooled, elastic, failures, again, say)
         job = dataclasses.replace(job, elastic=elastic)
     where: dict[str, Any] = {
         "num_workers": workers,
@@ -300,25 +300,6 @@ def _launch(
             again=again,
             **where,
         )
-
-
-def _sized(pooled: bool, elastic: Elastic, failures: Any, again: bool, say: Callable[[str], None]) -> tuple[int, Any]:
-    """The number of workers to start now, and Ray's FailureConfig for them."""
-    import ray.train
-
-    from raylit.driver import cluster, pool
-
-    if pooled:
-        return workers_to_evaluate(elastic), failures
-    pool.release()  # workers that an evaluation left hold resources that count
-    if not again:
-        cluster.check_fits(elastic.least, elastic.bundle, use_gpu=False)
-    workers = workers_now(elastic, say)
-    say(f"starting {workers} Ray worker{'s' * (workers != 1)} (of {elastic.least} to {elastic.most}) ...")
-    # After a node was taken away, or where the room has gone meanwhile, Ray would wait; raylit takes what is there.
-    given = failures or ray.train.FailureConfig()
-    known = {each.name for each in dataclasses.fields(given)} & {"max_preemption_failures", "controller_failure_limit"}
-    return workers, dataclasses.replace(given, **dict.fromkeys(known, 0))
 
 
 def _read_at_a_time(trainer: Trainer, spec: RunSpec) -> int:
