@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import Any
@@ -14,6 +15,14 @@ from raylit.errors import CheckpointError
 from raylit.worker.keeper import FOLDER
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Say this command's arguments, and what runs."""
+    parser.description = "List what checkpoints a run has, the newest last."
+    parser.add_argument("run_folder", metavar="RUN", help="run folder or URI, or a run's name in ~/ray_results")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum; 1: damaged")
+    parser.set_defaults(run=lambda given: show(given.run_folder, verify=given.verify))
 
 
 def show(run: str, *, verify: bool = False) -> int:
