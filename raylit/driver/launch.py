@@ -281,6 +281,13 @@ def _death(error: BaseException) -> BaseException | None:
     return None
 
 
+def account_of(death: BaseException) -> str:
+    """Of Ray's account of how a process came to its end the line that says most."""
+    lines = [line.strip() for line in str(death).splitlines() if line.strip()]
+    telling = (line for line in lines if any(word in line.lower() for word in ("exit", "memory", "node has died")))
+    return next(telling, lines[0] if lines else "")[:400]
+
+
 def stalled_error(
     stalled: Mapping[int, dict[str, Any]], workers: Mapping[int, tuple[str, int]]
 ) -> ProgressTimeoutError:
@@ -326,13 +333,8 @@ def lost_error(lost: Mapping[int, BaseException], workers: Mapping[int, tuple[st
     if rank in workers:
         who += f" on node {workers[rank][0]} (process {workers[rank][1]})"
     others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-    reason = str(_death(lost[rank]) or lost[rank])
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    told = next(
-        (line for line in lines if "exit" in line.lower() or "memory" in line.lower()), lines[0] if lines else ""
-    )
     error = WorkerLostError(
-        f"{who}{others} died without an exception: {told[:400]}\n"
+        f"{who}{others} died without an exception: {account_of(_death(lost[rank]) or lost[rank])}\n"
         "Killed by the system (out of memory?), by a signal, or its node was lost. "
         "max_failures=N starts such a run again, from its newest checkpoint."
     )

@@ -10,6 +10,7 @@ import cloudpickle
 from rich.console import Console
 from rich.live import Live
 
+from raylit.driver.launch import account_of
 from raylit.search.table import Goal, Row, line, table, varied
 
 _listening: list[SearchDisplay] = []  # those of the searches that run in this process
@@ -104,13 +105,17 @@ def reason_of(trial: Any) -> str:
     """Why a trial failed: the exception's type and first line, as Tune has just written it down."""
     try:
         with open(trial.pickled_error_file, "rb") as file:
-            return worded(cloudpickle.load(file))
+            return worded(cloudpickle.load(file), (trial.last_result or {}).get("node_ip", ""))
     except (OSError, TypeError):  # none was written: the trial's process is gone
         return "its process ended"
 
 
-def worded(error: BaseException) -> str:
-    """An exception of a trial in one line; Ray's own is taken off."""
+def worded(error: BaseException, host: str = "") -> str:
+    """An exception of a trial in one line; Ray's own is taken off. ``host``: the trial's, as far as it is known."""
+    from ray.exceptions import RayActorError
+
     cause = getattr(error, "cause", None) or error
+    if isinstance(cause, RayActorError):  # the process said nothing: Ray tells what it saw of its end
+        return f"its process{' on ' if host else ''}{host} was lost: {account_of(cause)}"
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__

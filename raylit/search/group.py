@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from raylit.driver.launch import account_of
 from raylit.driver.pool import ranked
 from raylit.errors import WorkerLostError
 from raylit.search.trial import Report, Saved, TrialRun, TrialSpec
@@ -125,8 +126,8 @@ class TrialGroup:
         lost = sorted(rank for rank, error in failed.items() if not isinstance(error, WorkerFailed))
         if packed and not (lost and all(map(is_consequence, packed))):
             raise bare(rebuild(first_cause(packed)))
-        reason = (str(failed[lost[0]]).splitlines() or [""])[0]
-        raise WorkerLostError(f"worker {lost[0]} of the trial died: {reason}")
+        where = f"worker {lost[0]} of the trial, on {self._worlds[lost[0]].node_name},"
+        raise WorkerLostError(f"{where} was lost: {account_of(failed[lost[0]])}")
 
     def save(self, folder: str) -> None:
         """Write every worker's part of a checkpoint into a folder of this machine."""

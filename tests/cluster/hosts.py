@@ -53,17 +53,21 @@ def environment_of(**more: str) -> Iterator[dict[str, str]]:
 
 
 class Cluster:
-    """A head on 127.0.0.1 and members on 127.0.0.2 and so on, of one CPU each; leaving it ends them all."""
+    """A head on 127.0.0.1 and members on 127.0.0.2 and so on, of one CPU each; leaving it ends them all.
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    ``dashboard``: the head has one, and takes jobs at ``jobs``; it is another few processes to start.
+    """
+
+    def __init__(self, environment: dict[str, str], dashboard: bool = False) -> None:
         self._environment, self._addresses = environment, itertools.count(2)
         self._running: list[subprocess.Popen[str]] = []
         self.members: dict[str, subprocess.Popen[str]] = {}  # those that were not lost, by their own address
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
-        self._head = ["--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
+        port, jobs, agent = _free_ports(3)
+        self.address, self.jobs = f"127.0.0.1:{port}", f"http://127.0.0.1:{jobs}"
+        self._head = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1",
+                      f"--include-dashboard={str(dashboard).lower()}"]  # fmt: skip
+        if dashboard:
+            self._head += [f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}"]
 
     def __enter__(self) -> Cluster:
         try:
@@ -133,6 +137,15 @@ class Cluster:
             if "Ray runtime started" in line:
                 return process
         raise RuntimeError("a host did not start:\n" + "".join(told))
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free now, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _end(host: subprocess.Popen[str]) -> None:
