@@ -23,9 +23,9 @@ def search(
         results: what ``Tuner.fit`` returned (Ray's ``ResultGrid``).
         path: a folder of this machine, made where it is missing; files of these names in it are replaced. Default:
             ``plots`` in the search's folder where that is on this machine, else ``search-plots`` in the current folder.
-        metric: what trials are compared by, at its last reported value. Default: the one ``val_...`` metric that all
-            trials have, or ``loss`` where they have none.
-        mode: ``"min"`` or ``"max"``. Default: by the metric's name, where that tells.
+        metric: what trials are compared by, at its last reported value. Default: the search's own, as its folder keeps
+            it; of a search that is not raylit's the one ``val_...`` metric that all trials have, or ``loss``.
+        mode: ``"min"`` or ``"max"``. Default: the search's own, or by the metric's name, where that tells.
 
     Returns the names of the files with their paths.
 

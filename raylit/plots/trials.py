@@ -15,17 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylit.errors import ConfigError, nearest
+from raylit.goal import BESIDE_METRICS, GOAL_FILE, goal_from_json
 from raylit.hparams import flat
 from raylit.plots.scale import UNSET, is_number, number, text_of
 
 log = logging.getLogger(__name__)
 
-# What a report has beside metrics: a trial's place in training, and what Tune fills in.
-_OWN = frozenset("""
-    epoch step done finished training_iteration time_this_iter_s time_total_s time_since_restore timestamp pid
-    iterations_since_restore timesteps_total timesteps_since_restore timesteps_this_iter episodes_total
-    episodes_this_iter warmup_time should_checkpoint
-""".split())  # fmt: skip
 # Words of a metric's name that tell which of its numbers are better.
 _LOWER = frozenset("loss error err mse rmse mae mape nll kl perplexity ppl bpb bpc wer cer fid brier".split())
 _HIGHER = frozenset("""
@@ -125,6 +120,9 @@ def read_search(results: Iterable[Any], metric: str | None = None, mode: str | N
             f"plots.search: all {len(found)} trials failed and there is nothing to compare. The first one's reason: "
             f"{_reason(found[0].error)}"
         )
+    kept = _kept_goal(results)
+    if kept is not None and metric in (None, kept[0]):  # what the search compared by, unless another is asked for
+        metric, mode = kept[0], mode or kept[1]
     metric = _metric(found, metric)
     mode = mode or _mode(metric)
     histories = [_history(result, metric) for result in found]
@@ -151,6 +149,18 @@ def _exact(value: Any) -> tuple[bool, Any]:
 
 
 # -- metric and mode -----------------------------------------------------------------------------------------------
+def _kept_goal(results: Any) -> tuple[str, str] | None:
+    """Metric and mode as the search's folder keeps them; None for a search that raylit did not make."""
+    filesystem, folder = getattr(results, "filesystem", None), getattr(results, "experiment_path", None)
+    if filesystem is None or folder is None:
+        return None
+    try:
+        with filesystem.open_input_stream(f"{folder}/{GOAL_FILE}") as file:
+            return goal_from_json(file.read())
+    except OSError:  # it is not there, or the storage is away: metric= and mode= can be given
+        return None
+
+
 def _metric(results: Sequence[Any], asked: str | None) -> str:
     reported = [_numbers(result) for result in results if not result.error]
     reported = [each for each in reported if each]
@@ -245,7 +255,8 @@ def _numbers(result: Any) -> dict[str, float]:
             found |= {str(name): value for value in values if value is not None}
     last = flat({key: value for key, value in (result.metrics or {}).items() if key != "config"})
     found |= {name: value for name, each in last.items() if (value := _number(each)) is not None}
-    return {name: value for name, value in found.items() if name not in _OWN and not name.startswith("config/")}
+    beside = {name for name in found if name in BESIDE_METRICS or name.startswith("config/")}
+    return {name: value for name, value in found.items() if name not in beside}
 
 
 # -- histories -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import cloudpickle
@@ -11,10 +12,10 @@ from rich.console import Console
 from rich.live import Live
 
 from raylit.driver.launch import account_of
+from raylit.goal import BESIDE_METRICS
 from raylit.search.table import Goal, Row, line, table, varied
 
 _listening: list[SearchDisplay] = []  # those of the searches that run in this process
-_OWN = ("epoch", "step", "done", "finished")  # what a report has beside metrics
 
 
 class SearchDisplay:
@@ -42,6 +43,7 @@ class SearchDisplay:
 
     # -- called by Tune ------------------------------------------------------------------------------------------
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._take_up(trials)
         self._row(trial).status = "running"
         self._began.setdefault(trial.trial_id, time.monotonic())
         self._draw()
@@ -50,10 +52,8 @@ class SearchDisplay:
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         row = self._row(trial)
-        row.status, row.epoch = "running", int(result.get("epoch", row.epoch))
-        row.metrics = {name: float(value) for name, value in result.items()
-                       if isinstance(value, (int, float)) and name not in _OWN}  # fmt: skip
-        row.seconds = float(result.get("time_total_s", row.seconds))
+        row.status = "running"
+        _fill(row, result)
         self._draw()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -66,7 +66,20 @@ class SearchDisplay:
         row.status, row.reason = "failed", reason_of(trial)
         self._ended(row)
 
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self._take_up(trials)  # where nothing was left to do
+
     # -- showing -------------------------------------------------------------------------------------------------
+    def _take_up(self, trials: list[Any]) -> None:
+        """Rows of trials that had ended before this process took the search up."""
+        for trial in trials:
+            if trial.trial_id in self.rows or trial.status not in ("TERMINATED", "ERROR"):
+                continue
+            row, last = self._row(trial), trial.last_result or {}
+            _fill(row, last)
+            row.status = "failed" if trial.status == "ERROR" else "done" if last.get("finished") else "stopped"
+            row.reason = reason_of(trial) if row.status == "failed" else ""
+
     def _row(self, trial: Any) -> Row:
         row = self.rows.setdefault(trial.trial_id, Row(trial.trial_id, dict(trial.config)))
         row.config = dict(trial.config)  # PBT changes it
@@ -82,7 +95,15 @@ class SearchDisplay:
             self._live.update(table(list(self.rows.values()), self.goal, self.total, self._others))
 
 
-_CALLS = ("on_trial_start", "on_trial_result", "on_trial_complete", "on_trial_error")
+def _fill(row: Row, result: Mapping[str, Any]) -> None:
+    """A row's numbers from a report."""
+    row.epoch = int(result.get("epoch", row.epoch))
+    row.metrics = {name: float(value) for name, value in result.items()
+                   if isinstance(value, (int, float)) and name not in BESIDE_METRICS}  # fmt: skip
+    row.seconds = float(result.get("time_total_s", row.seconds))
+
+
+_CALLS = ("on_trial_start", "on_trial_result", "on_trial_complete", "on_trial_error", "on_experiment_end")
 
 
 def as_callback(display: SearchDisplay) -> Any:

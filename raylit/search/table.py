@@ -18,6 +18,7 @@ from raylit.hparams import flat
 
 _MOST_ROWS = 16
 _MOST_COLUMNS = 8  # of hyperparameters
+_MOST_METRICS = 4  # the one that is compared by, and others
 
 
 @dataclass
@@ -46,9 +47,9 @@ class Goal:
         return None if value is None or math.isnan(value) else value
 
     def best(self, rows: Sequence[Row]) -> Row | None:
-        """The row with the best last value; of equal ones the first."""
-        known = [(self.value(row), row) for row in rows]
-        ranked = [(value if self.mode == "min" else -value, index) for index, (value, _) in enumerate(known)
+        """The row with the best last value, of those that did not fail; of equal ones the first."""
+        known = [None if row.status == "failed" else self.value(row) for row in rows]
+        ranked = [(value if self.mode == "min" else -value, index) for index, value in enumerate(known)
                   if value is not None]  # fmt: skip
         return rows[min(ranked)[1]] if ranked else None
 
@@ -106,11 +107,18 @@ def title(rows: Sequence[Row], goal: Goal, total: int | None) -> str:
     return ", ".join(parts)
 
 
+def shown_metrics(rows: Sequence[Row], goal: Goal, others: Sequence[str] = ()) -> list[str]:
+    """Columns of metrics: the one that is compared by, ``others``, then those that trials log, validation's first."""
+    logged = dict.fromkeys(name for row in rows for name in row.metrics if not name.endswith(("_step", "_epoch")))
+    rest = sorted(logged, key=lambda name: not name.startswith("val"))
+    return [name for name in dict.fromkeys([goal.metric, *others, *rest]) if name is not None][:_MOST_METRICS]
+
+
 def table(rows: Sequence[Row], goal: Goal, total: int | None, others: Sequence[str] = ()) -> Group:
-    """How far the search is, and the trials: those that run, then the best. ``others``: metrics to show too."""
+    """How far the search is, and the trials: those that run, then the best. ``others``: metrics to show first."""
     shown = Table(box=None, pad_edge=False)
     keys = varied(rows)[:_MOST_COLUMNS]
-    metrics = [name for name in dict.fromkeys([goal.metric, *others]) if name is not None]
+    metrics = shown_metrics(rows, goal, others)
     for name in ("trial", "status", *keys, "epoch", *metrics, "time"):
         shown.add_column(name, justify="left" if name in ("trial", "status") else "right", no_wrap=True)
     best = goal.best(rows)

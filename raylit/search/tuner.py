@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raylit.checkpoint.folder import Folder
 from raylit.config.fit import as_fast_dev_run
 from raylit.config.trainer import TrainerConfig
 from raylit.driver import cluster, pool
+from raylit.driver import folder as folders
 from raylit.driver.faults import for_caller
-from raylit.driver.folder import default_storage, new_name
-from raylit.errors import ConfigError, ResourceError, nearest
+from raylit.errors import ConfigError, ResourceError, RunExistsError, nearest
+from raylit.goal import GOAL_FILE, goal_from_json, goal_to_json
 from raylit.module import Module
+from raylit.search.settings import goal_of, placed, run_config_of, watched
 from raylit.search.space import check_names, fit_config, split
 from raylit.search.table import Goal, summary
 from raylit.search.trial import TrialRun, TrialSpec
 from raylit.seed import get_random_state, set_random_state
 from raylit.trainer import RunInterrupted
+from raylit.uri import redacted
 from raylit.wire import Job
 
 if TYPE_CHECKING:
@@ -68,7 +72,7 @@ class Tuner:
         self._module_class, self._space, self._datamodule = module_class, dict(param_space), datamodule
         self._config: TrainerConfig = trainer._config
         self._tune_config, self._run_config, self._dry_run = tune_config, run_config, dry_run
-        self._restored: Any = None
+        self._restored: dict[str, Any] | None = None
         failed: ConfigError | None = None
         try:
             self._check()
@@ -112,13 +116,6 @@ class Tuner:
                 found[key] = [value]
         return found
 
-    @property
-    def _goal(self) -> Goal:
-        given = self._tune_config
-        scheduler = getattr(given, "scheduler", None)
-        metric = getattr(given, "metric", None) or getattr(scheduler, "metric", None)
-        return Goal(metric, getattr(given, "mode", None) or getattr(scheduler, "mode", None) or "min")
-
     # -- running -------------------------------------------------------------------------------------------------
     def fit(self) -> tune.ResultGrid:
         """Run the search; Ray's ``ResultGrid``. A trial that raises is a row of it, and the others go on.
@@ -133,9 +130,22 @@ class Tuner:
         raise failed
 
     def _fit(self) -> tune.ResultGrid:
-        spec = self._spec()
-        if self._dry_run and self._space and self._restored is None:
-            self._try_first(spec)
+        spec, goal = self._spec(), goal_of(self._tune_config)
+        from ray import tune
+
+        placement, callbacks = self._config.placement, self._config.fit.callbacks
+        given, goes_on = self._tune_config or tune.TuneConfig(), self._goes_on()
+        clones = isinstance(given.scheduler, tune.schedulers.PopulationBasedTraining)
+        run_config = run_config_of(self._run_config, placement, callbacks, goal, clones)
+        storage, spec.filesystem = self._claimed(run_config, goes_on)
+        with folders.kept_if_used(storage):
+            if self._dry_run and self._space and goes_on is None:
+                self._try_first(spec, goal)
+            return self._run(spec, goal, run_config, storage, goes_on)
+
+    def _run(
+        self, spec: TrialSpec, goal: Goal, run_config: Any, storage: str, goes_on: dict[str, Any] | None
+    ) -> tune.ResultGrid:
         import cloudpickle
         from ray import tune
 
@@ -151,7 +161,7 @@ class Tuner:
         spec.use_gpu = self._with_gpu()
         spec.bundle = cluster.per_worker(placement.resources_per_worker, bool(spec.use_gpu))
         self._check_fits(spec)
-        run_config, storage = self._merged_run()
+        goal = self._kept_goal(goal, Folder(storage, spec.filesystem))
         place = Job("fit", b"", sys_path=tuple(filter(None, sys.path)), working_dir=os.getcwd(), argv=tuple(sys.argv))
         payload = cloudpickle.dumps(spec)
         trial = trainable(spec.bundle, spec.workers, payload=payload, place=place, storage=storage)
@@ -159,23 +169,23 @@ class Tuner:
         named = {"trial_dirname_creator": _id_of, "trial_name_creator": _id_of}
         tune_config = dataclasses.replace(given, reuse_actors=True, **named)
         shown = self._config.fit.enable_progress_bar
-        display = SearchDisplay(self._goal, self._total(given), self._shown(), shown)
+        display = SearchDisplay(goal, self._total(given), watched(given, self._config.fit.callbacks), shown)
         run_config.callbacks = [*(run_config.callbacks or []), as_callback(display)]
         with cluster.quiet_settings(_ENVIRONMENT, "ray.tune", logging.CRITICAL), display:
-            if self._restored is not None:
-                tuner = tune.Tuner.restore(**self._restored, trainable=trial, param_space=self._space)
+            if goes_on is not None:
+                tuner = tune.Tuner.restore(**goes_on, trainable=trial, param_space=self._space)
             else:
                 tuner = tune.Tuner(trial, param_space=self._space, tune_config=tune_config, run_config=run_config)
             results = tuner.fit()
         rows = list(display.rows.values())
         if any(row.status == "running" for row in rows):  # Tune has heard Ctrl-C, kept the search's state, and returned
             ended = sum(row.status in ("done", "stopped", "failed") for row in rows)
-            print(f"interrupted after {ended} trials; raylit.Tuner.restore({results.experiment_path!r}, ...) goes on",
-                  file=sys.stderr)  # fmt: skip
+            print(f"interrupted after {ended} trial{'s' * (ended != 1)}; "
+                  f"raylit.Tuner.restore({results.experiment_path!r}, ...) goes on", file=sys.stderr)  # fmt: skip
             raise RunInterrupted(130)
         if self._config.fit.enable_progress_bar:
             name = self._module_class.__name__
-            print(summary(rows, self._goal, name, results.experiment_path))
+            print(summary(rows, goal, name, results.experiment_path))
         return results
 
     def _spec(self) -> TrialSpec:
@@ -186,7 +196,7 @@ class Tuner:
             workers=max(1, placement.worker_range[0]),
         )  # fmt: skip
 
-    def _try_first(self, spec: TrialSpec) -> None:
+    def _try_first(self, spec: TrialSpec, goal: Goal) -> None:
         """Train one batch of the first configuration here, and see whether the metric comes of it."""
         config = first_of(self._space)
         parts = split(config)
@@ -204,7 +214,7 @@ class Tuner:
         finally:
             trial.stop()
             set_random_state(before)
-        metric = self._goal.metric
+        metric = goal.metric
         told = {**report.metrics, "epoch": 0, "step": 0, "training_iteration": 0, "time_total_s": 0}
         if metric is not None and metric not in told:
             raise ConfigError(
@@ -226,31 +236,46 @@ class Tuner:
         except ResourceError as error:
             raise ResourceError(f"no trial of this search could ever run: {error}") from None
 
-    def _merged_run(self) -> tuple[Any, str]:
-        """Ray's RunConfig, a copy, with raylit's defaults where nothing was given; and the search's folder."""
+    def _goes_on(self) -> dict[str, Any] | None:
+        """What Ray's ``Tuner.restore`` is told: ``restore`` was called, or ``resume="auto"`` has found the search."""
+        placement = self._config.placement
+        if self._restored is not None or placement.resume != "auto":
+            return self._restored
         from ray import tune
-        from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 
-        placement, goal = self._config.placement, self._goal
-        run = copy.copy(self._run_config) if self._run_config is not None else tune.RunConfig()
-        blank = tune.RunConfig()
-        if self._run_config is None or run.name is None:
-            run.name = placement.name or new_name(f"{self._module_class.__name__}-search")
-        if run.storage_path in (None, blank.storage_path):
-            run.storage_path = placement.storage_path or default_storage()
-        if "://" not in str(run.storage_path):
-            run.storage_path = os.path.abspath(os.path.expanduser(str(run.storage_path)))
-        if run.checkpoint_config in (None, blank.checkpoint_config):
-            score = {"checkpoint_score_attribute": goal.metric, "checkpoint_score_order": goal.mode}
-            score = score if goal.metric is not None else {}
-            # The newest one, and the best; where trials clone one another also those that a clone may be reading.
-            clones = isinstance(getattr(self._tune_config, "scheduler", None), tune.schedulers.PopulationBasedTraining)
-            run.checkpoint_config = tune.CheckpointConfig(
-                checkpoint_frequency=1, checkpoint_at_end=True, num_to_keep=4 if clones else 1, **score
-            )  # fmt: skip
-        run.verbose = 0
-        run.callbacks = [*(run.callbacks or []), CSVLoggerCallback(), JsonLoggerCallback()]
-        return run, f"{str(run.storage_path).rstrip('/')}/{run.name}"
+        place = placed(self._run_config or tune.RunConfig(), placement, self._module_class.__name__)
+        folder, filesystem = folders.place_of(place), folders.filesystem_of(place)
+        if not folders.exists(place, folder) or not tune.Tuner.can_restore(folder, filesystem):
+            return None
+        return {"path": folder, "storage_filesystem": filesystem, "resume_unfinished": True, "resume_errored": True}
+
+    def _claimed(self, run_config: Any, goes_on: dict[str, Any] | None) -> tuple[str, Any]:
+        """The search's folder, a path or URI, and the filesystem that it is a path on. A new one is claimed."""
+        if goes_on is not None:
+            return goes_on["path"], goes_on["storage_filesystem"]
+        module = self._module_class.__name__
+        place = placed(run_config, self._config.placement, module)
+        # With resume="auto" a folder that has nothing to go on from is one that was begun, and no more.
+        begun = place.resume == "auto" and folders.exists(place, folders.place_of(place))
+        try:
+            folder = folders.place_of(place) if begun else folders.claim(place, module)
+        except RunExistsError:
+            raise RunExistsError(
+                f"a search, or a run, named {place.name!r} exists in {redacted(str(place.storage_path))}; raylit "
+                "overwrites nothing. Choose another name=, or leave it out and each search gets its own; to go on with "
+                "it: Trainer(resume='auto'), or raylit.Tuner.restore"
+            ) from None
+        run_config.storage_path, run_config.name = folders.split(folder)
+        run_config.storage_filesystem = folders.filesystem_of(place)
+        return folder, run_config.storage_filesystem
+
+    def _kept_goal(self, goal: Goal, folder: Folder) -> Goal:
+        """The goal, which the search's folder keeps; what it keeps where ``tune_config`` was not given again."""
+        if goal.metric is None:
+            kept = goal_from_json(folder.read(GOAL_FILE))
+            return Goal(*kept) if kept is not None else goal
+        folder.write_small(GOAL_FILE, goal_to_json(goal.metric, goal.mode))
+        return goal
 
     def _total(self, given: Any) -> int | None:
         if given.num_samples == -1:
@@ -260,28 +285,35 @@ class Tuner:
             total *= len(values)
         return total
 
-    def _shown(self) -> tuple[str, ...]:
-        scheduler = getattr(self._tune_config, "scheduler", None)
-        return tuple(name for name in (getattr(scheduler, "metric", None),) if name)
-
     # -- going on ------------------------------------------------------------------------------------------------
     @classmethod
     def restore(
         cls, path: str, module_class: type[Module], *, param_space: Mapping[str, Any], trainer: Trainer,
         tune_config: tune.TuneConfig | None = None, datamodule: Any = None, resume_errored: bool = True,
-        restart_errored: bool = False,
+        restart_errored: bool = False, storage_filesystem: Any = None,
     ) -> Tuner:  # fmt: skip
         """Take up a search whose driver, or whose cluster, was lost; ``fit()`` then goes on with it.
 
         ``path``: the search's folder (``results.experiment_path``). Finished trials are not run again, unfinished ones
         go on from their newest checkpoint, failed ones too unless ``resume_errored`` is False. The other arguments are
-        those of the search; what ``tune_config`` said Ray has kept, here it tells what to show.
+        those of the search, whose ``tune_config`` need not be given again. ``storage_filesystem``: pyarrow's, which
+        ``path`` is a path on. Ray keeps a search by pickle: restore none from a folder that others can write to.
+
+        Raises ConfigError where there is no search at ``path``.
         """
+        from ray import tune
+
+        path = path if "://" in path or storage_filesystem is not None else os.path.abspath(os.path.expanduser(path))
+        if not tune.Tuner.can_restore(path, storage_filesystem):
+            raise ConfigError(
+                f"Tuner.restore({redacted(path)!r}): there is no search in this folder; give the search folder that "
+                "its last line named (results.experiment_path)"
+            )
         tuner = cls(module_class, param_space=param_space, trainer=trainer, tune_config=tune_config,
                     datamodule=datamodule, dry_run=False)  # fmt: skip
         tuner._restored = {
-            "path": path, "resume_unfinished": True, "resume_errored": resume_errored and not restart_errored,
-            "restart_errored": restart_errored,
+            "path": path, "storage_filesystem": storage_filesystem, "resume_unfinished": True,
+            "resume_errored": resume_errored and not restart_errored, "restart_errored": restart_errored,
         }  # fmt: skip
         return tuner
 

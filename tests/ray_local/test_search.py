@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raylit
 from raylit.errors import ConfigError, ResourceError
+from raylit.plots.trials import read_search
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_session")]
 
@@ -203,6 +204,31 @@ def test_a_search_is_taken_up_and_finished_trials_are_not_run_again(tmp_path: Pa
     assert not again.errors and len(again) == 2
     assert (Path(done.path) / "result.json").read_text() == before
     assert [result.metrics["epoch"] for result in again] == [3, 3]
+    # All of it lies where the search began, also what the trial that went on has left.
+    assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == ["search"]
+    assert all((Path(result.path) / "hparams.yaml").exists() for result in again)
+    # Metric and mode are the search's own, though this time nobody has said them.
+    assert read_search(again).best.config["lr"] == again.get_best_result("val_loss", "min").config["lr"]
+
+
+def test_the_same_script_goes_on_with_resume_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def tuner() -> raylit.Tuner:
+        shown = raylit.Trainer(num_workers=1, max_epochs=3, seed=3, logger=False, enable_model_summary=False,
+                               use_gpu=False, storage_path=str(tmp_path), name="search", resume="auto")  # fmt: skip
+        space = {"lr": tune.grid_search([0.01, 0.05]), "dies": str(tmp_path / "mark")}
+        config = tune.TuneConfig(**BY_LOSS, max_concurrent_trials=1)
+        return raylit.Tuner(Net, param_space=space, trainer=shown, tune_config=config, datamodule=Data(), dry_run=False)
+
+    assert len(tuner().fit().errors) == 1
+    capsys.readouterr()
+    results = tuner().fit()
+    assert not results.errors and [result.metrics["epoch"] for result in results] == [3, 3]
+    said = capsys.readouterr().out
+    assert said.count("trial ") == 1, said  # the other one was done
+    assert "best of 2 trials" in said
+    tuner().fit()
+    again = capsys.readouterr().out  # nothing is left to do
+    assert "trial " not in again and said[said.index("best of 2 trials") :] == again[again.index("best of 2 trials") :]
 
 
 def test_searchers_and_schedulers_that_pause(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "raylit"
 # Top-level names under raylit/ (a folder or a file without .py) and the floor each stands on.
 FLOORS: dict[str, int] = {
     # 0: plain values, standard library only
-    "errors": 0, "stage": 0, "progress": 0, "config": 0, "wire": 0, "version": 0, "uri": 0,
+    "errors": 0, "stage": 0, "progress": 0, "config": 0, "wire": 0, "version": 0, "uri": 0, "goal": 0,
     # 1: contracts; torch, never ray
     "ports": 1, "view": 1, "hooks": 1, "module": 1, "datamodule": 1, "callback": 1, "seed": 1, "hparams": 1,
     "plain": 1,
