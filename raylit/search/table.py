@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raylit.hparams import flat
+from raylit.plain import plain_entries
 
 _MOST_ROWS = 16
 _MOST_COLUMNS = 8  # of hyperparameters
@@ -158,8 +159,9 @@ def summary(rows: Sequence[Row], goal: Goal, module: str, path: str) -> str:
     best = goal.best(rows)
     failed = [row for row in rows if row.status == "failed"]
     if best is not None:
-        own = {key: value for key, value in best.config.items() if "." not in key}
-        others = {key: value for key, value in best.config.items() if "." in key}
+        config = {**best.config, **plain_entries(best.config)[0]}  # searchers draw NumPy's numbers
+        own = {key: value for key, value in config.items() if "." not in key}
+        others = {key: value for key, value in config.items() if "." in key}
         lines.append(f"best of {len(rows)} trials: {best.trial}, {goal.metric} {number(goal.value(best))} "
                      f"after {best.epoch} epoch{'s' * (best.epoch != 1)}")  # fmt: skip
         lines.append(f"  {module}({', '.join(f'{key}={value!r}' for key, value in own.items())})")

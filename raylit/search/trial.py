@@ -21,7 +21,7 @@ from raylit.driver.runs import joined_callbacks
 from raylit.module import Module
 from raylit.ports import RunSnapshot
 from raylit.search.space import built_datamodule, built_module, fit_config, split
-from raylit.seed import set_random_state
+from raylit.seed import get_random_state, set_random_state
 from raylit.stage import SafePoint, Stage
 from raylit.view import RunState, WorkerTrainer
 from raylit.wire import World
@@ -153,6 +153,7 @@ class TrialRun:
             checkpoint=None if self._saved is None else self._saved.common,
             own_states={} if self._saved is None else self._saved.own,
             rebased=self._saved is not None,
+            random_state=get_random_state(),  # rank 0 goes on with it, the others with streams of their own
         )  # fmt: skip
         begun = files_of(loggers) if self._world.global_rank == 0 else []
         with local_folder(self._folder, spec.filesystem, begun) as run_spec.run_folder:

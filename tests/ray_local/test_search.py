@@ -231,6 +231,12 @@ def test_the_same_script_goes_on_with_resume_auto(tmp_path: Path, capsys: pytest
     assert "trial " not in again and said[said.index("best of 2 trials") :] == again[again.index("best of 2 trials") :]
 
 
+def _conditional(trial: Any) -> None:
+    """Which learning rates are tried depends on the size."""
+    hidden = trial.suggest_categorical("hidden", [2, 3])
+    trial.suggest_float("lr", *((0.001, 0.01) if hidden == 2 else (0.05, 0.1)))
+
+
 def test_searchers_and_schedulers_that_pause(tmp_path: Path) -> None:
     """Optuna with a point to begin with and a nested space; HyperBand, which pauses trials; median stopping."""
     from ray.tune.search.optuna import OptunaSearch
@@ -243,6 +249,12 @@ def test_searchers_and_schedulers_that_pause(tmp_path: Path) -> None:
     assert not results.errors and {"lr": 0.07, "hidden": 2} in configs and len({each["lr"] for each in configs}) == 3
     for result in results:
         assert dict(Net.load_from_checkpoint(result.checkpoint).hparams)["lr"] == result.config["lr"]
+    drawn = OptunaSearch(space=_conditional, metric="val_loss", mode="min", seed=1)  # the space is a function
+    found = search(tmp_path / "conditional", {}, tune_config=tune.TuneConfig(num_samples=4, search_alg=drawn)).fit()
+    assert not found.errors and len({result.config["hidden"] for result in found}) == 2
+    for result in found:
+        low, high = (0.001, 0.01) if result.config["hidden"] == 2 else (0.05, 0.1)
+        assert low <= result.config["lr"] <= high
     pauses = tune.schedulers.HyperBandScheduler(max_t=3, reduction_factor=3)
     rates = {"lr": tune.grid_search([0.05, 0.02, 1e-7])}
     paused = search(tmp_path / "hyperband", rates, tune_config=tune.TuneConfig(**BY_LOSS, scheduler=pauses)).fit()

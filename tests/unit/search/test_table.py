@@ -6,6 +6,7 @@ import math
 from io import StringIO
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from raylit.search.table import Goal, Row, clock, eta_s, flat, line, ordered, summary, table, title, varied
@@ -36,6 +37,7 @@ def shown(rows: list[Row], goal: Goal = LOSS, total: int | None = 8) -> str:
 def test_the_best_is_the_best_number_in_either_direction() -> None:
     assert LOSS.best(ROWS) is ROWS[1] and Goal("val_loss", "max").best(ROWS) is ROWS[2]
     assert Goal().best(ROWS) is None and LOSS.best([ROWS[3], ROWS[4]]) is None
+    assert LOSS.best([ROWS[0], row("f", "failed", 0.1)]) is ROWS[0]  # of a failed one the last value counts for nothing
     assert [each.trial for each in ordered(ROWS, LOSS)] == ["c", "b", "a", "e", "d"]
 
 
@@ -65,7 +67,7 @@ def test_a_line_of_a_trial_that_has_ended() -> None:
 
 
 def test_the_summary_is_ready_to_paste() -> None:
-    best = Row("b", {"lr": 0.01, "name": "x", "data.batch_size": 32}, "done", 1, {"val_loss": 0.2})
+    best = Row("b", {"lr": np.float64(0.01), "name": "x", "data.batch_size": 32}, "done", 1, {"val_loss": 0.2})
     assert summary([best, ROWS[3]], LOSS, "Net", "/runs/x").splitlines() == [
         "best of 2 trials: b, val_loss 0.2 after 1 epoch",
         "  Net(lr=0.01, name='x')",
