@@ -1,0 +1,389 @@
+"""``raylit submit``: a script and its project, run on a cluster as if it ran here. Floor 7.
+
+From its arguments to Ray's Jobs API: what travels (driver/project.py), the command that the cluster runs, the log and
+the exit code (cli/jobs.py), the way there (cli/tunnel.py). Its own words go to stderr, the script's to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+import secrets
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from raylit.cli import jobs
+from raylit.cli.cluster_file import cluster_name, load, token_source
+from raylit.cli.token import path_of, read
+from raylit.cli.tunnel import Tunnel, dashboard_port
+from raylit.driver.project import MAX_BYTES, Project, import_folders, look_at, only, packed, root_of, size_text
+from raylit.errors import ConfigError
+
+_USAGE = "raylit submit (--address URL | CLUSTER.yaml) [options] (SCRIPT.py | -m MODULE) [-- ARGUMENT ...]"
+_STOP_S = 30.0  # Ray gives a job 3 s to end, and then kills it
+_INTERRUPTED = 130  # as a shell says it of Ctrl-C
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What runs: ``command`` from the folder ``at`` of the project ``project``."""
+
+    project: Project
+    at: str  # "" for the project's own folder
+    command: tuple[str, ...]  # without the interpreter
+    folders: tuple[str, ...]  # of the project, for the import path
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where it runs. ``token_from``: the file or variable of its token; ``look``: commands that make it reachable."""
+
+    address: str
+    headers: dict[str, str]
+    token_from: str | None
+    look: tuple[str, ...]
+    tunnel: Tunnel | None = None
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Say this command's arguments, and what runs."""
+    parser.usage = _USAGE
+    parser.description = "Run a script on a cluster: its project is sent, its log is shown, its exit code is ours."
+    _options(parser)
+    # Options may stand before and behind the script, which argparse cannot do: what begins here is read once more.
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="...", help="[CLUSTER.yaml] SCRIPT.py [-- ARGUMENT ...]"
+    )
+    parser.set_defaults(run=lambda given: submit(given))
+
+
+def _options(parser: argparse.ArgumentParser, again: bool = False) -> None:
+    def default(value: Any) -> Any:
+        return argparse.SUPPRESS if again else value
+
+    def option(*names: str, default_: Any = None, **more: Any) -> None:
+        parser.add_argument(*names, default=default(default_), **more)
+
+    option("--address", metavar="URL", help="the cluster's dashboard, http://HOST:8265; else RAY_API_SERVER_ADDRESS")
+    option("-m", dest="module", metavar="MODULE", help="run a module, as python -m does")
+    option("--working-dir", metavar="DIR", help="the folder that is sent; else the nearest one upwards of the script "
+           "with a pyproject.toml or .git, else the script's own")  # fmt: skip
+    option("--exclude", action="append", metavar="PATTERN", help="do not send these; as a line of a .gitignore")
+    option("--max-size", metavar="SIZE", default_="200MB", help="refuse a project that is larger (200MB)")
+    option(
+        "--env", action="append", metavar="K=V", help="set a variable for the script and its workers; K: as it is here"
+    )
+    option(
+        "--name", "--submission-id", dest="name", metavar="ID", help="the job's id; else made up from the script's name"
+    )
+    option("--no-wait", action="store_true", default_=False, help="do not wait for its end")
+    option("--token-file", metavar="FILE", help="the cluster's token; else that of CLUSTER.yaml, else as Ray finds it")
+    option("--python", metavar="COMMAND", default_="python", help="the cluster's interpreter (python)")
+    option("--force", action="store_true", default_=False, help="also where Ray has another version there")
+
+
+def submit(given: argparse.Namespace) -> int:
+    """Run what the arguments say; the script's exit code. 2 and one line where it cannot be done."""
+    file, script, arguments = _read_again(given)
+    entry = entry_of(script, given.module, arguments, given.working_dir, given.exclude or [])
+    entry.project.check(bytes_of(given.max_size), "or in --exclude PATTERN; --max-size says otherwise.")
+    runtime = {"env_vars": environment(given.env or [], entry)}
+    command = command_of(entry, given.python)
+    job = given.name or f"{entry.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    with _ended_by_signals(), _target(given, file) as target:
+        try:
+            import ray
+
+            there = jobs.version_at(target.address, target.headers, target.token_from)
+            jobs.check_versions(ray.__version__, there, given.force, _say)
+            if target.tunnel is None and jobs.sends_in_the_clear(target.address):
+                _say(
+                    f"what is sent to {target.address} is not encrypted, a token neither: others on the way can read it"
+                )
+            client = jobs.client_at(target.address, target.headers)
+            sent = entry.project
+            files = f"{len(sent.files)} file{'s' * (len(sent.files) != 1)}"
+            _say(f"sending {files}, {size_text(sent.size_bytes)}, of {sent.folder}")
+            with packed(sent) as package:
+                jobs.submit(
+                    client, entrypoint=command, submission_id=job, runtime_env={"working_dir": package, **runtime}
+                )
+        except KeyboardInterrupt:
+            _say(f"interrupted; it may have been taken already: ray job status {job} tells")
+            return _INTERRUPTED
+        if given.no_wait:
+            _say(f"job {job} is submitted", *_ways(target, job))
+            return 0
+        _say(f"job {job}: {command}")
+        return _followed(client, job, target)
+
+
+def _followed(client: Any, job: str, target: Target) -> int:
+    """Show the job's log until its end; what Ctrl-C does on the way."""
+    revive = target.tunnel.revive if target.tunnel else lambda: None
+    follower = jobs.Follower(client, job, jobs.to_stdout, _say, revive)
+    try:
+        return jobs.exit_code_of(follower.until_end(), _say)
+    except KeyboardInterrupt:
+        pass
+    except jobs.Unreachable as error:
+        _say(f"{error}", *_ways(target, job))
+        return 2
+    try:
+        if not _wants_to_stop():
+            _say(f"job {job} goes on", *_ways(target, job))
+            return _INTERRUPTED
+        _say("stopping ...")
+        client.stop_job(job)
+        jobs.exit_code_of(follower.until_end(), _say)
+    except KeyboardInterrupt:
+        _say(f"job {job} may go on", *_ways(target, job))
+    except (OSError, RuntimeError) as error:
+        _say(f"job {job} may go on, it could not be asked to stop: {error}", *_ways(target, job))
+    return _INTERRUPTED
+
+
+def _wants_to_stop() -> bool:
+    """Ask once; False where nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print("\nstop the job? [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return False
+
+
+def _ways(target: Target, job: str) -> Iterator[str]:
+    address = target.address if target.tunnel is None else "http://127.0.0.1:8265"
+    yield from target.look
+    for what in ("logs --follow", "stop"):
+        yield f"  ray job {what} --address {address} {shlex.quote(job)}"
+
+
+def _say(text: str, *more: str) -> None:
+    for line in (f"raylit submit: {text}", *more):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _read_again(given: argparse.Namespace) -> tuple[Path | None, str | None, list[str]]:
+    """The cluster's file, the script and its arguments, out of what stands from the first of them on."""
+    rest = list(given.rest)
+    at = rest.index("--") if "--" in rest else len(rest)
+    ours, arguments = rest[:at], rest[at + 1 :]
+    parser = argparse.ArgumentParser(prog="raylit submit", usage=_USAGE, add_help=False)
+    _options(parser, again=True)
+    parser.add_argument("words", nargs="*")
+    parsed, odd = parser.parse_known_intermixed_args(ours, given)
+    words = parsed.words
+    if odd:
+        raise ConfigError(f"{odd[0]!r} is no option of raylit submit; the script's own stand behind a --: {_USAGE}")
+    file = Path(words.pop(0)) if words and words[0].endswith((".yaml", ".yml")) else None
+    wanted = 0 if given.module else 1
+    if len(words) < wanted:
+        raise ConfigError(f"which script? {_USAGE}")
+    if len(words) > wanted:
+        raise ConfigError(f"{words[wanted]!r}: the script's arguments stand behind a --: {_USAGE}")
+    return file, words[0] if words else None, arguments
+
+
+def entry_of(
+    script: str | None, module: str | None, arguments: Sequence[str], working_dir: str | None, exclude: Sequence[str]
+) -> Entry:
+    """What runs, and the files that go with it. ConfigError where there is no such script or module."""
+    for each in arguments:
+        if "\0" in each or not _is_text(each):
+            raise ConfigError(f"the argument {each!r} is no text, and cannot be sent")
+    here = Path.cwd()
+    path = None if script is None else _script(script)
+    root = root_of(here if path is None else path.parent) if working_dir is None else _folder(working_dir)
+    if root is None:
+        if path is None:
+            raise ConfigError(
+                f"{here} is no project's folder, but a home or a place above one; --working-dir says otherwise"
+            )
+        _say(f"{path.parent} is no project's folder: {path.name} is sent alone; --working-dir says otherwise")
+        return Entry(only(path), "", (path.name, *arguments), (), _plain(path.stem))
+    inside = here if here.is_relative_to(root) else root
+    if path is None:
+        assert module is not None
+        _check_module(module, inside)
+        command: tuple[str, ...] = ("-m", module)
+    else:
+        if not path.is_relative_to(root):
+            raise ConfigError(f"{script} does not lie in the folder that is sent, {root}")
+        command = (os.path.relpath(path, inside),)
+    project = look_at(root, exclude)
+    if path is not None and path.relative_to(root).as_posix() not in {name for name, _ in project.files}:
+        raise ConfigError(f"{script} would not be sent: a .gitignore, .rayignore or --exclude names it")
+    at = inside.relative_to(root).as_posix()
+    at = "" if at == "." else at
+    if at and not any(name.startswith(f"{at}/") for name, _ in project.files):
+        at, command = "", command if path is None else (path.relative_to(root).as_posix(),)
+    own = at if path is None else path.parent.relative_to(root).as_posix()
+    folders = [own, *import_folders(root, sys.path)]
+    kept = tuple(dict.fromkeys(each for each in folders if each not in ("", ".")))
+    return Entry(project, at, (*command, *arguments), kept, _plain(module or Path(str(script)).stem))
+
+
+def command_of(entry: Entry, python: str = "python") -> str:
+    """The line that the cluster's shell runs: every argument arrives as it was given."""
+    line = f"{python} {shlex.join(entry.command)}"
+    if not entry.at:
+        return line
+    # Ray's import path begins with the project's folder; the rest of it is said from there (see ``environment``).
+    folders = [os.path.relpath(each, entry.at) for each in entry.folders if each != entry.at]
+    path = f'env PYTHONPATH={shlex.quote(":".join(folders))}:"$PYTHONPATH" ' if folders else ""
+    return f"cd {shlex.quote(entry.at)} && exec {path}{line}"
+
+
+def environment(given: Sequence[str], entry: Entry) -> dict[str, str]:
+    """The variables of ``--env``, and the project's folders on the import path of every worker.
+
+    Workers start in the project's folder on their host, wherever it is: its folders are named from there.
+    """
+    found: dict[str, str] = {}
+    for each in given:
+        name, has_value, value = each.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ConfigError(f"--env {each}: NAME=VALUE, or NAME alone for a variable that is set here")
+        if not has_value and name not in os.environ:
+            raise ConfigError(f"--env {name}: there is no such variable here; --env {name}=VALUE gives it one")
+        found[name] = value if has_value else os.environ[name]
+    path = [*filter(None, [found.get("PYTHONPATH")]), *entry.folders]
+    if path:
+        found["PYTHONPATH"] = ":".join(path)
+    return found
+
+
+def bytes_of(text: str) -> int:
+    """``200MB``, ``1.5 GB``, ``300`` (bytes); powers of 1000."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text, re.IGNORECASE)
+    if not found:
+        raise ConfigError(
+            f"--max-size {text}: a size is a number with B, KB, MB or GB, {size_text(MAX_BYTES)} for example"
+        )
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
+
+
+def token_of(given: str | None, file: Path | None) -> tuple[str | None, str | None]:
+    """The token to show, and where it came from; ``(None, None)`` where there is none.
+
+    That which was given, else the cluster's file's own, else, as Ray does it, the environment's.
+    """
+    if given is not None:
+        return read(Path(given).expanduser()), given
+    if file is not None:
+        path = token_source(file)
+        own = path or path_of(cluster_name(file))
+        if path is not None or own.exists():
+            return read(own), str(own)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        value = os.environ.get(name)
+        if value:
+            return (value.strip() if name == "RAY_AUTH_TOKEN" else _of_file(value)), name
+    usual = Path.home() / ".ray" / "auth_token"
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and usual.exists():
+        return _of_file(str(usual)), str(usual)
+    return None, None
+
+
+@contextlib.contextmanager
+def _target(given: argparse.Namespace, file: Path | None) -> Iterator[Target]:
+    if file is not None and given.address is not None:
+        raise ConfigError("either --address or a cluster's file, not both")
+    if file is not None:
+        load(file)  # what is wrong with it is said before anything starts
+    token, source = token_of(given.token_file, file)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    exports = () if source is None or source.startswith("RAY_") else (
+        f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(Path(source).expanduser()))}",
+    )  # fmt: skip
+    if file is None:
+        address = given.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+        if not address and os.environ.get("RAY_ADDRESS", "").startswith("http"):
+            address = os.environ["RAY_ADDRESS"]
+        if not address:
+            raise ConfigError(f"which cluster? --address http://HOST:8265, or the YAML file of ray up: {_USAGE}")
+        yield Target(jobs.address_of(address), headers, source, exports)
+        return
+    cluster_name(file)
+    _say(f"opening a tunnel to the cluster of {file}")
+    look = (f"  ray dashboard {shlex.quote(str(file))}  # in another terminal", *exports)
+    with Tunnel(file, dashboard_port(file)) as tunnel:
+        yield Target(tunnel.address, headers, source, look, tunnel)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP leave through the ``finally`` clauses: no tunnel may stay behind."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {each: signal.signal(each, leave) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _script(given: str) -> Path:
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise ConfigError(f"there is no script {given}")
+    if not path.is_file():
+        raise ConfigError(f"{given} is no script: a Python file is wanted, or -m MODULE")
+    return path.resolve()
+
+
+def _folder(given: str) -> Path:
+    path = Path(given).expanduser().resolve()
+    if not path.is_dir():
+        raise ConfigError(f"--working-dir {given}: there is no such folder")
+    return path
+
+
+def _check_module(module: str, folder: Path) -> None:
+    """Whether there is such a module in ``folder`` or among the installed packages; nothing of it is run."""
+    if not all(map(str.isidentifier, module.split("."))):
+        raise ConfigError(f"-m {module}: that is no module's name")
+    place = folder.joinpath(*module.split("."))
+    if place.with_name(f"{place.name}.py").is_file() or (place / "__main__.py").is_file():
+        return
+    first = module.split(".")[0]
+    if not (folder / first).exists() and importlib.util.find_spec(first) is not None:
+        return
+    name = place.relative_to(folder)
+    raise ConfigError(f"-m {module}: there is no {name}.py and no {name}/__main__.py in {folder}")
+
+
+def _of_file(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"the token's file {path} cannot be read: {error.strerror or error}") from error
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "job"
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
