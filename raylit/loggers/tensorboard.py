@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from raylit.errors import missing
@@ -21,8 +21,9 @@ class TensorBoardLogger(FolderLogger):
     """Writes TensorBoard files to the run folder, or to ``save_dir/name/version/sub_dir`` where ``save_dir`` is given.
 
     ``experiment`` is a ``tensorboardX.SummaryWriter``. ``log_graph=True`` draws the model's graph, for which the
-    package tensorboard is needed too. ``default_hp_metric`` logs ``hp_metric`` -1 beside the hyperparameters, without
-    which TensorBoard's table of them stays empty. Other arguments go to the SummaryWriter.
+    package tensorboard is needed too. ``default_hp_metric``: what TensorBoard's table of hyperparameters, which is empty
+    without a metric, has beside them. A metric's name: that metric as it is logged; True: ``hp_metric`` -1, and in a
+    trial of a search what the search compares by; False: nothing. Other arguments go to the SummaryWriter.
     """
 
     def __init__(
@@ -31,14 +32,14 @@ class TensorBoardLogger(FolderLogger):
         name: str | None = "lightning_logs",
         version: int | str | None = None,
         log_graph: bool = False,
-        default_hp_metric: bool = True,
+        default_hp_metric: bool | str = True,
         prefix: str = "",
         sub_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(save_dir, name, version, prefix, sub_dir)
         self._log_graph = log_graph
-        self._default_hp_metric = default_hp_metric
+        self.default_hp_metric = default_hp_metric
         self._options = {"flush_secs": 30, **kwargs}
         self._waiting: list[tuple[dict[str, Any], dict[str, float]]] = []  # hyperparameters not written yet
 
@@ -62,7 +63,7 @@ class TensorBoardLogger(FolderLogger):
         if self._waiting and self.rank == 0:
             waiting, self._waiting = self._waiting, []
             for params, metrics in waiting:
-                _write_hparams(writer, params, metrics)
+                _write_hparams(writer, params, metrics, self._column())
         return writer
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -83,10 +84,15 @@ class TensorBoardLogger(FolderLogger):
             return
         self.hparams.update(params)
         if metrics is None:
-            metrics = {"hp_metric": -1.0} if self._default_hp_metric else {}
+            metrics = {"hp_metric": -1.0} if self.default_hp_metric is True else {}
         self._waiting.append((flatten(params), {name: float(value) for name, value in metrics.items()}))
         if self._experiment is not None:
             _ = self.experiment  # writes what waits
+
+    def _column(self) -> list[str]:
+        """The metric that the table shows as it is logged, as it is called in the file."""
+        name = self.default_hp_metric
+        return [_tag(each) for each in self._named({name: 0.0})] if isinstance(name, str) else []
 
     def log_graph(self, model: Any, input_array: Any = None) -> None:
         """Draw the model's graph from one forward pass, where ``log_graph=True`` and there is an example input."""
@@ -131,14 +137,19 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def _write_hparams(writer: Any, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Write one row of TensorBoard's table. ``add_hparams`` would do so in a folder of its own, a second run there."""
+def _write_hparams(
+    writer: Any, params: Mapping[str, Any], metrics: Mapping[str, float], logged: Iterable[str]
+) -> None:
+    """Write one row of TensorBoard's table. ``add_hparams`` would do so in a folder of its own, a second run there.
+
+    ``logged``: tags whose values come with the run; the table shows the last.
+    """
     from tensorboardX.summary import hparams
 
     shown = {name: _cell(value) for name, value in params.items()}
     for name, value in metrics.items():
         writer.add_scalar(name, value, 0)
-    for summary in hparams(shown, dict(metrics)):
+    for summary in hparams(shown, {**metrics, **dict.fromkeys(logged, 0.0)}):  # it takes the names alone
         writer.file_writer.add_summary(summary)
 
 

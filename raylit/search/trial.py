@@ -41,6 +41,7 @@ class TrialSpec:
     workers: int = 1
     bundle: dict[str, float] = field(default_factory=dict)  # resources of one worker
     filesystem: Any = None  # pyarrow's, where trials' folders are paths on it
+    metric: str | None = None  # what the search compares by
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class TrialRun:
         module = built_module(spec.module_class, parts.module)
         given = copy.deepcopy(spec.config.fit.callbacks)  # a process has several trials, one after the other
         config = TrainerConfig(fit_config(spec.config, parts.trainer))
-        loggers = _loggers(config, self._folder)
+        loggers = _loggers(config, self._folder, spec.metric)
         run_spec = RunSpec(
             Stage.FIT, config, module,
             datamodule=built_datamodule(copy.deepcopy(spec.datamodule), parts.data),
@@ -200,9 +201,15 @@ class _Hands:
         return over or (state.stop_requested and may)
 
 
-def _loggers(config: TrainerConfig, folder: str | None) -> list[Any]:
+def _loggers(config: TrainerConfig, folder: str | None, metric: str | None) -> list[Any]:
     """A trial's own loggers: copies of those that were given; the default where its files have a place."""
-    from raylit.loggers import DummyLogger, make_loggers
+    from raylit.loggers import DummyLogger, TensorBoardLogger, make_loggers
 
     loggers = make_loggers(config.fit.logger)
-    return [DummyLogger()] if loggers and folder is None else copy.deepcopy(loggers)
+    if loggers and folder is None:
+        return [DummyLogger()]
+    copies = copy.deepcopy(loggers)
+    for each in copies:
+        if isinstance(each, TensorBoardLogger) and each.default_hp_metric is True and metric is not None:
+            each.default_hp_metric = metric
+    return copies

@@ -162,6 +162,7 @@ class Tuner:
         spec.bundle = cluster.per_worker(placement.resources_per_worker, bool(spec.use_gpu))
         self._check_fits(spec)
         goal = self._kept_goal(goal, Folder(storage, spec.filesystem))
+        spec.metric = goal.metric
         place = Job("fit", b"", sys_path=tuple(filter(None, sys.path)), working_dir=os.getcwd(), argv=tuple(sys.argv))
         payload = cloudpickle.dumps(spec)
         trial = trainable(spec.bundle, spec.workers, payload=payload, place=place, storage=storage)

@@ -256,6 +256,21 @@ def test_tensorboard_hyperparameters(tmp_path: Path) -> None:
     assert start["fn"].string_value == "<built-in function len>"
 
 
+def test_tensorboards_table_may_show_a_metric_as_it_is_logged(tmp_path: Path) -> None:
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    logger = attached(TensorBoardLogger(default_hp_metric="val loss", prefix="own"), tmp_path)
+    logger.log_hyperparams({"lr": 0.1})
+    logger.log_metrics({"val loss": 0.25}, 5)
+    logger.finalize("finished")
+    assert scalars(tmp_path) == [(5, {"own-val_loss": 0.25})]  # and no number of our own
+    (table,) = (
+        HParamsPluginData.FromString(value.metadata.plugin_data.content).experiment
+        for event in events(tmp_path) for value in event.summary.value if value.tag.endswith("_/experiment")
+    )  # fmt: skip
+    assert [each.name.tag for each in table.metric_infos] == ["own-val_loss"]
+
+
 def test_tensorboard_hyperparameters_alone_are_written_at_the_end(tmp_path: Path) -> None:
     logger = attached(TensorBoardLogger(default_hp_metric=False), tmp_path)
     logger.log_hyperparams({"lr": 0.1})

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raylit
 from raylit.callbacks import EarlyStopping
-from raylit.search.trial import Saved, TrialRun, TrialSpec
+from raylit.loggers import TensorBoardLogger
+from raylit.search.trial import Saved, TrialRun, TrialSpec, _loggers
 from raylit.seed import get_random_state, set_random_state
 
 
@@ -192,6 +193,13 @@ def test_what_the_module_raises_arrives_and_a_stop_ends_the_thread() -> None:
     waits.stop()
     assert not [each for each in threading.enumerate() if each.name == "raylit-trial"]
     TrialRun(spec(), {}).stop()  # never begun
+
+
+def test_tensorboards_table_of_a_trial_has_what_the_search_compares_by() -> None:
+    given = TensorBoardLogger(default_hp_metric="other")
+    for logger, metric in ((True, "val_loss"), (given, "other"), (TensorBoardLogger(default_hp_metric=False), False)):
+        (own,) = _loggers(raylit.Trainer(logger=logger)._config, "/folder", "val_loss")
+        assert own.default_hp_metric == metric and own is not given
 
 
 def test_trials_do_not_share_callbacks() -> None:
