@@ -21,7 +21,7 @@ class TensorBoardLogger(FolderLogger):
     """Writes TensorBoard files to the run folder, or to ``save_dir/name/version/sub_dir`` where ``save_dir`` is given.
 
     ``experiment`` is a ``tensorboardX.SummaryWriter``. ``log_graph=True`` draws the model's graph, for which the
-    package tensorboard is needed too. ``default_hp_metric``: what TensorBoard's table of hyperparameters, which is empty
+    package tensorboard is needed too. ``default_hp_metric``: what TensorBoard's table of hyperparameters, empty
     without a metric, has beside them. A metric's name: that metric as it is logged; True: ``hp_metric`` -1, and in a
     trial of a search what the search compares by; False: nothing. Other arguments go to the SummaryWriter.
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import threading
 import weakref
 from typing import Any
@@ -51,6 +53,14 @@ def test_a_save_runs_beside_the_caller_and_the_copy_goes_with_it() -> None:
     assert [each.name for each in memory.store().manifests()] == ["a"]
     gc.collect()
     assert tensor() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads share their process's priority")
+def test_the_writer_leaves_the_cpu_to_training() -> None:
+    seen: set[int] = set()
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    written(Writer(0, 1), job(Memory().store(lambda _: seen.add(os.getpriority(os.PRIO_PROCESS, 0))), "a", 1))
+    assert seen == {min(before + 10, 19)} and os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_the_old_one_goes_only_when_the_new_one_is_whole() -> None:
