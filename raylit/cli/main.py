@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 # name: (module, what ``raylit --help`` says)
 _COMMANDS = {
     "checkpoints": ("raylit.cli.checkpoints", "list or verify the checkpoints of a run"),
+    "doctor": ("raylit.cli.doctor", "check a machine or a cluster before a long job"),
     "submit": ("raylit.cli.submit", "run a script on a cluster, with its project"),
     "token": ("raylit.cli.token", "make the token that a cluster asks for, or a new one"),
 }

@@ -35,8 +35,8 @@ FLOORS: dict[str, int] = {
     "assemble": 4, "worker": 4, "local": 4, "travel": 4,
     # 5: driver side
     "driver": 5, "trainer": 5,
-    # 6: search
-    "search": 6, "tuner": 6,
+    # 6: search, doctor
+    "search": 6, "tuner": 6, "doctor": 6,
     # 7: command line
     "cli": 7,
 }  # fmt: skip

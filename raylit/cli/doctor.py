@@ -1,0 +1,85 @@
+"""``raylit doctor``: whether this machine or cluster can train, before a long job finds out. Floor 7."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raylit.doctor.report import Report
+
+_WIDTH = 100  # without a terminal
+_STYLES = {"green": "green", "yellow": "yellow", "red": "bold red"}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Say this command's arguments, and what runs."""
+    parser.description = (
+        "Check a machine or a cluster before a long job: versions, clocks, disks, memory, GPUs, limits, the storage "
+        "from every node, the network between nodes, who may get in. Takes less than a minute."
+    )
+    parser.epilog = "Exit code 0: nothing is red. 1: something is. 2: it cannot be examined, one line says why."
+    parser.add_argument("--address", metavar="HOST:PORT", help="the cluster's head, or auto; default RAY_ADDRESS, else "
+                        "this machine alone")  # fmt: skip
+    parser.add_argument("--storage", metavar="URI", help="where runs are to be kept: a folder or URI; default "
+                        "~/ray_results")  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N", help="workers that are to train: is there room, and how do "
+                        "N all-reduce; default one on each node, two on a single one")  # fmt: skip
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="how long a node may take to "
+                        "answer at first (30)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.set_defaults(run=lambda given: run(given.address, given.storage, given.workers, given.timeout, given.json))
+
+
+def run(address: str | None, storage: str | None, workers: int | None, timeout_s: float, as_json: bool) -> int:
+    """Examine and print; the exit code. Raises ConfigError where it cannot be examined."""
+    from raylit.doctor.examine import examine
+    from raylit.doctor.joining import join
+    from raylit.errors import ConfigError
+
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: give the number of workers that are to train, 1 or more")
+    if not timeout_s > 0:
+        raise ConfigError(f"--timeout {timeout_s:g}: give a number of seconds above 0")
+    joined = join(address)
+    import ray
+
+    try:
+        report = examine(storage, workers, joined=joined, answer_s=timeout_s, say=_say)
+    finally:
+        _say("")
+        ray.shutdown()
+    if as_json:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        _print(report)
+    return report.exit_code
+
+
+def _say(text: str) -> None:
+    """What is being done, on a line that goes again; for a person at a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("check", no_wrap=True)
+    table.add_column("node", overflow="fold", max_width=24)
+    table.add_column("found", overflow="fold")
+    for row in report.folded():
+        found = Text(row.value)  # names and values are no markup
+        if row.remedy:
+            found.append(f"\n-> {row.remedy}", style="italic")
+        verdict = row.verdict.value
+        table.add_row(Text(verdict, style=_STYLES[verdict]), row.check, Text(row.node), found)
+    console.print(table)
+    console.print(Text(report.summary, style=_STYLES[report.worst.value]))

@@ -1,0 +1,150 @@
+"""Get into the cluster that is to be examined, or say in one line why not. Runs on the driver.
+
+Ray itself waits for minutes where nobody listens, and writes pages where the token is wrong. So the address is tried
+before Ray is asked, and what Ray writes while it connects is kept from the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import site
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+from raylit.driver import cluster
+from raylit.errors import ConfigError
+
+_CONNECT_S, _STATUS_S = 5.0, 30.0
+_REFUSED = ("InvalidAuthToken", "AuthenticationError", "Unauthenticated")
+
+
+def join(address: str | None) -> bool:
+    """Connect to the cluster at ``address`` (``RAY_ADDRESS`` if None), else start Ray on this machine.
+
+    Return whether it was there already. Raises ConfigError, with one line, where that cannot be.
+    """
+    named = address or os.environ.get("RAY_ADDRESS") or ""
+    if named and named not in ("auto", "local"):
+        _must_answer(named)
+        if is_refused(named):
+            raise ConfigError(_wrong_token(named))
+    if address:
+        os.environ["RAY_ADDRESS"] = address
+    with _hushed() as told:
+        try:
+            cluster.connect()
+        except (RuntimeError, ValueError, OSError) as error:
+            said = _read(told)
+            if any(word in said or word in str(error) for word in _REFUSED):
+                raise ConfigError(_wrong_token(named or "the running Ray")) from None
+            raise ConfigError(f"{named or 'Ray on this machine'}: {_sentence(error)}") from None
+    return bool(named) and named != "local"
+
+
+class Stranger:
+    """Someone without a token who asks the cluster for its status, beside everything else; see :meth:`is_refused`."""
+
+    def __init__(self, address: str) -> None:
+        self._home = tempfile.TemporaryDirectory(prefix="raylit-doctor-")  # Ray looks for a token in ~/.ray
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
+        environment.update(HOME=self._home.name, PYTHONUSERBASE=site.getuserbase())
+        self._asking = _status(address, environment)
+
+    def is_refused(self) -> bool | None:
+        """Wait for the answer; None where it is neither a yes nor a no."""
+        try:
+            return _outcome(self._asking)
+        finally:
+            self._home.cleanup()
+
+
+def is_refused(address: str) -> bool:
+    """Ask for the cluster's status with the token that this process has."""
+    return _outcome(_status(address, dict(os.environ))) is True
+
+
+def _status(address: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def _outcome(asking: subprocess.Popen[str]) -> bool | None:
+    try:
+        said, _ = asking.communicate(timeout=_STATUS_S)
+    except subprocess.TimeoutExpired:
+        asking.kill()
+        said, _ = asking.communicate()
+    if any(word in said for word in _REFUSED):
+        return True
+    return False if asking.returncode == 0 else None
+
+
+def _must_answer(address: str) -> None:
+    scheme, separator, _ = address.partition("://")
+    if separator:
+        raise ConfigError(
+            f"--address {address}: {scheme}:// does not reach the nodes themselves; run this on a machine of the "
+            "cluster (or with ray job submit) and give HOST:PORT of its head, usually port 6379, or auto"
+        )
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--address {address}: give HOST:PORT of the cluster's head, usually port 6379, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        reason = (
+            f"no answer within {_CONNECT_S:g} s" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        )
+        raise ConfigError(
+            f"nobody answers at {address} ({reason}); is Ray running on the head, and its port open to this machine?"
+        ) from None
+
+
+def _wrong_token(address: str) -> str:
+    has = "the token here is another one" if _has_token() else "there is no token here"
+    return (
+        f"{address} refuses this machine: it asks for a token, and {has}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+        "or RAY_AUTH_TOKEN_PATH, or put the cluster's token into ~/.ray/auth_token"
+    )
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return False
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+
+
+def _sentence(error: BaseException) -> str:
+    """Ray's reason as one line: a mismatch of versions is told in several."""
+    return " ".join(part.strip() for part in str(error).splitlines() if part.strip()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[IO[bytes]]:
+    """Send what this process and Ray's libraries write into a file for the length of the body; the file is given."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as told:
+        try:
+            os.dup2(told.fileno(), 1)
+            os.dup2(told.fileno(), 2)
+            yield told
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, handle in zip((1, 2), kept, strict=True):
+                os.dup2(handle, number)
+                os.close(handle)
+
+
+def _read(told: IO[bytes]) -> str:
+    told.seek(0)
+    return told.read().decode(errors="replace")
