@@ -22,8 +22,11 @@ _PROBE = ".raylit_write_check"
 
 
 def default_storage() -> str:
-    """Ray's own default, so that runs with and without Ray lie side by side."""
-    return os.path.expanduser("~/ray_results")
+    """``RAYLIT_STORAGE``, which a cluster's set-up exports on its hosts; else Ray's own default.
+
+    Runs with and without Ray lie side by side.
+    """
+    return os.environ.get("RAYLIT_STORAGE") or os.path.expanduser("~/ray_results")
 
 
 def new_name(module_name: str) -> str:

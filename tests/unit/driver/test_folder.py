@@ -32,6 +32,17 @@ def test_relative_and_home_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert folder.claim(placement("~/runs", "a"), "Net") == str(tmp_path / "home" / "runs" / "a")
 
 
+def test_the_storage_of_a_cluster_is_taken_where_none_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYLIT_STORAGE", str(tmp_path / "shared"))
+    assert folder.claim(PlacementConfig(num_workers=0, name="a"), "Net") == str(tmp_path / "shared" / "a")
+    assert folder.claim(placement(tmp_path / "mine", "a"), "Net") == str(tmp_path / "mine" / "a")
+    monkeypatch.setenv("RAYLIT_STORAGE", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert folder.claim(PlacementConfig(num_workers=0, name="a"), "Net") == str(tmp_path / "home" / "ray_results" / "a")
+
+
 def test_a_uri_of_files(tmp_path: Path) -> None:
     claimed = folder.claim(placement(f"file://{tmp_path}", "a"), "Net")
     assert claimed.removeprefix("file://") == f"{tmp_path}/a" and list((tmp_path / "a").iterdir()) == []
