@@ -4,6 +4,8 @@
 #
 #     bash clusters/install.sh [EXTRAS]        EXTRAS: of pyproject.toml, with commas: examples,aws
 #
+#     bash clusters/install.sh --as-it-is [EXTRAS]   takes the ~/raylit-env that is there: of an image that has it all
+#
 # Settings, all optional, as environment variables:
 #     RAYLIT_STORAGE   where runs are kept; exported to every shell, job and worker of the host
 #     RAYLIT_PYTHON    the interpreter. Ray wants the same one, to the patch release, on all hosts of a cluster
@@ -13,6 +15,11 @@
 set -euo pipefail
 
 python=${RAYLIT_PYTHON:-python3.12} # what Ubuntu 24.04 has, and the images that the cluster files name
+as_it_is=
+if [ "${1:-}" = --as-it-is ]; then
+  as_it_is=yes
+  shift
+fi
 extras=${1:-}
 source_of=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) # a clone, or the part of it that the launcher sent
 place=$HOME/raylit-env
@@ -46,6 +53,7 @@ fi
 made_of=$({ "$python" -VV; echo "$extras ${TORCH_INDEX:-}"; cd "$source_of"
             find constraints.txt pyproject.toml raylit -name '*.pyc' -prune -o -type f -print0 | sort -z | xargs -0 cat
           } | sha256sum)
+test -z "$as_it_is" || echo "$made_of" >"$place/.made-of"
 if [ "$(cat "$place/.made-of" 2>/dev/null)" = "$made_of" ]; then
   say "$place is up to date"
   exit 0
