@@ -6,8 +6,11 @@ that Tune has reserved for the trial: all of it is there before the trial begins
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -15,6 +18,8 @@ import cloudpickle
 from raylit.search.trial import Report, Saved, TrialRun, TrialSpec
 from raylit.wire import Job, World
 from raylit.worker.entry import take_callers_place
+
+REPORTS_FILE = "reports.json"  # in a checkpoint: how many reports there were before it
 
 
 class TrialSteps:
@@ -34,14 +39,17 @@ class TrialSteps:
         self._config = dict(config)
         self._saved: Saved | None = None
         self._run: Any = None
+        self._reports = 0
 
     def step(self) -> dict[str, Any]:
         """Train to the next report: its numbers, ``epoch`` (finished ones), ``step`` (of optimizers), ``finished``."""
         if self._run is None:
             self._run = self._started()
         report: Report = self._run.next()
+        self._reports += 1
         ends = {"done": report.done, "finished": report.done}  # Tune sets the first itself where it stops a trial
-        return {**report.metrics, "epoch": report.epoch, "step": report.step, **ends}
+        told = {"epoch": report.epoch, "step": report.step, "training_iteration": self._reports}
+        return {**report.metrics, **told, **ends}
 
     def _started(self) -> Any:
         folder = f"{self._folder.rstrip('/')}/{self.trial_id}"
@@ -60,11 +68,26 @@ class TrialSteps:
             self._run.save(checkpoint_dir)
         elif self._saved is not None:  # cloned or restored, and not gone on yet
             TrialRun(self._spec, self._config, saved=self._saved).save(checkpoint_dir)
+        else:
+            return
+        Path(checkpoint_dir, REPORTS_FILE).write_text(json.dumps(self._reports))
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Go on from a checkpoint's folder, with this trial's own configuration."""
         self._end()
         self._saved = Saved.of(checkpoint) if os.listdir(checkpoint) else None
+        self._reports = _reports_of(checkpoint) if self._saved is not None else 0
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """What Tune calls, with what ``save`` returned; it calls ``load_checkpoint``.
+
+        The checkpoint may be gone. Tune removes a trial's last one when it has the next, writes down afterwards which
+        one is there, and may be killed in between: then the newest one of the trial is what to go on from.
+        """
+        checkpoint = getattr(checkpoint_path, "checkpoint", checkpoint_path)
+        if not isinstance(checkpoint, str) and not _exists(checkpoint):
+            checkpoint_path = next(_newest_first(checkpoint, self._spec.workers), checkpoint_path)
+        super().restore(checkpoint_path)  # type: ignore[misc]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial, in the process of the one before."""
@@ -82,6 +105,31 @@ class TrialSteps:
         if self._run is not None:
             self._run.stop()
             self._run = None
+
+
+def _reports_of(folder: str) -> int:
+    return int(json.loads(Path(folder, REPORTS_FILE).read_text()))
+
+
+def _exists(checkpoint: Any) -> bool:
+    import pyarrow.fs
+
+    there: bool = checkpoint.filesystem.get_file_info(checkpoint.path).type is not pyarrow.fs.FileType.NotFound
+    return there
+
+
+def _newest_first(gone: Any, workers: int) -> Iterator[Any]:
+    """The whole checkpoints beside one that is gone. Tune writes file by file: the newest may be half written."""
+    import pyarrow.fs
+    from ray import tune
+
+    folder = os.path.dirname(gone.path)
+    beside = gone.filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
+    for each in sorted((info.path for info in beside if info.base_name.startswith("checkpoint_")), reverse=True):
+        found = tune.Checkpoint(each, gone.filesystem)
+        with contextlib.suppress(Exception), found.as_directory() as there:  # whatever a half-written file makes of it
+            if len(Saved.of(there).own) == workers and _reports_of(there) > 0:
+                yield found
 
 
 def trainable(asked: Mapping[str, float], workers: int, **given: Any) -> Any:

@@ -91,7 +91,10 @@ class Cluster:
         Hiding takes a mount namespace: see ``may_hide_folders``.
         """
         own = f"127.0.0.{next(self._addresses)}"
-        options = [f"--address={self.address}", f"--node-ip-address={own}"]
+        # A folder of its own, as every host has: nodes that share one unpack a shipped project over and over in each
+        # other's working directories.
+        folder = f"{self._environment['RAY_TMPDIR']}/{own.rpartition('.')[2]}"
+        options = [f"--address={self.address}", f"--node-ip-address={own}", f"--temp-dir={folder}"]
         hide = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$1" && shift && exec "$@"', "sh", str(hidden)]
         self.members[own] = self._start(options, () if hidden is None else hide)
         return own
