@@ -1,0 +1,105 @@
+"""A trial goes on from what is left of its checkpoints, and counts its reports as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+from ray import tune
+
+from raylit.search.trainable import TrialSteps
+from raylit.wire import Job
+from tests.unit.search.test_trial import spec
+
+REPORTS = 3  # one an epoch
+
+
+class Tunes:
+    """What of Tune's class matters here: it loads a checkpoint that is there."""
+
+    def restore(self, checkpoint: tune.Checkpoint) -> None:
+        with checkpoint.as_directory() as folder:
+            assert Path(folder).is_dir(), "this checkpoint is gone"
+            self.load_checkpoint(folder)  # type: ignore[attr-defined]
+
+
+class Steps(TrialSteps, Tunes):
+    trial_id = "trial"
+
+
+def steps(tmp_path: Path) -> Steps:
+    made = Steps()
+    made.setup({"lr": 0.05}, cloudpickle.dumps(spec()), Job("fit", b""), str(tmp_path))
+    return made
+
+
+def saved(made: Steps, tmp_path: Path, number: int) -> Path:
+    """A checkpoint, in the trial's folder, as Tune calls it."""
+    folder = tmp_path / "trial" / f"checkpoint_{number:06d}"
+    folder.mkdir(parents=True)
+    made.save_checkpoint(str(folder))
+    return folder
+
+
+def end_of(made: Steps) -> dict[str, Any]:
+    while not (report := made.step())["done"]:
+        continue
+    made.cleanup()
+    return report
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / "model.ckpt").read_bytes()
+    (folder / "model.ckpt").write_bytes(data[: len(data) // 2])
+
+
+def without_a_rank(folder: Path) -> None:
+    (folder / "rank_00000.ckpt").unlink()
+
+
+def without_its_number(folder: Path) -> None:
+    (folder / "reports.json").write_text("")
+
+
+@pytest.mark.parametrize("damage", [truncated, without_a_rank, without_its_number])
+def test_a_checkpoint_that_is_gone_has_the_newest_whole_one_in_its_place(tmp_path: Path, damage: Any) -> None:
+    first = steps(tmp_path)
+    first.step()
+    gone = saved(first, tmp_path, 0)
+    first.step()
+    saved(first, tmp_path, 1)
+    damage(saved(first, tmp_path, 2))  # as a process leaves it that was killed while it wrote
+    expected = end_of(first)
+    shutil.rmtree(gone)
+    second = steps(tmp_path)
+    second.restore(tune.Checkpoint(str(gone)))
+    report = second.step()
+    assert report == expected and report["training_iteration"] == REPORTS
+    second.cleanup()
+
+
+def test_a_checkpoint_that_is_there_is_the_one(tmp_path: Path) -> None:
+    first = steps(tmp_path)
+    first.step()
+    there = saved(first, tmp_path, 0)
+    first.step()
+    saved(first, tmp_path, 1)
+    expected = end_of(first)
+    second = steps(tmp_path)
+    second.restore(tune.Checkpoint(str(there)))
+    assert second.step()["training_iteration"] == 2 and end_of(second) == expected
+
+
+def test_where_no_checkpoint_is_left_tune_says_so(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="this checkpoint is gone"):
+        steps(tmp_path).restore(tune.Checkpoint(str(tmp_path / "trial" / "checkpoint_000000")))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    made = steps(tmp_path)
+    made.save_checkpoint(str(empty))  # nothing was trained: nothing is kept, and it begins anew
+    assert not list(empty.iterdir())
+    made.load_checkpoint(str(empty))
+    assert end_of(made)["training_iteration"] == REPORTS
