@@ -21,6 +21,7 @@ from raylit.driver.faults import for_caller
 from raylit.errors import ConfigError, ResourceError, RunExistsError, nearest
 from raylit.goal import GOAL_FILE, goal_from_json, goal_to_json
 from raylit.module import Module
+from raylit.search import state_copy
 from raylit.search.settings import goal_of, placed, run_config_of, watched
 from raylit.search.space import check_names, fit_config, split
 from raylit.search.table import Goal, summary
@@ -161,7 +162,8 @@ class Tuner:
         spec.use_gpu = self._with_gpu()
         spec.bundle = cluster.per_worker(placement.resources_per_worker, bool(spec.use_gpu))
         self._check_fits(spec)
-        goal = self._kept_goal(goal, Folder(storage, spec.filesystem))
+        folder = Folder(storage, spec.filesystem)
+        goal, copy_of_state = self._kept_goal(goal, folder), state_copy.StateCopy(folder)
         spec.metric = goal.metric
         place = Job("fit", b"", sys_path=tuple(filter(None, sys.path)), working_dir=os.getcwd(), argv=tuple(sys.argv))
         payload = cloudpickle.dumps(spec)
@@ -171,9 +173,11 @@ class Tuner:
         tune_config = dataclasses.replace(given, reuse_actors=True, **named)
         shown = self._config.fit.enable_progress_bar
         display = SearchDisplay(goal, self._total(given), watched(given, self._config.fit.callbacks), shown)
-        run_config.callbacks = [*(run_config.callbacks or []), as_callback(display)]
-        with cluster.quiet_settings(_ENVIRONMENT, "ray.tune", logging.CRITICAL), display:
+        ours = [as_callback(display), state_copy.as_callback(copy_of_state)]
+        run_config.callbacks = [*(run_config.callbacks or []), *ours]
+        with cluster.quiet_settings(_ENVIRONMENT, "ray.tune", logging.CRITICAL), display, copy_of_state:
             if goes_on is not None:
+                copy_of_state.mend()
                 tuner = tune.Tuner.restore(**goes_on, trainable=trial, param_space=self._space)
             else:
                 tuner = tune.Tuner(trial, param_space=self._space, tune_config=tune_config, run_config=run_config)
