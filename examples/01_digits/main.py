@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +107,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="per worker")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the samples")
+    # On several machines a folder or URI that all of them see; the files in clusters/ set the variable.
+    parser.add_argument("--storage-path", default=os.environ.get("RAYLIT_STORAGE"), help="where run folders are kept")
     args = parser.parse_args()
 
     raylit.seed_everything(args.seed)
     data = Digits(args.batch_size)
     model = Net(lr=args.lr, max_epochs=args.max_epochs)
-    trainer = raylit.Trainer(num_workers=args.num_workers, max_epochs=args.max_epochs, seed=args.seed)
+    trainer = raylit.Trainer(
+        num_workers=args.num_workers, max_epochs=args.max_epochs, seed=args.seed, storage_path=args.storage_path
+    )
     result = trainer.fit(model, datamodule=data)
     (metrics,) = trainer.test(model, datamodule=data)
     print(f"test accuracy: {float(metrics['test_acc']):.4f}")
