@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import signal
 import socket
@@ -37,9 +38,7 @@ class Unreachable(ConnectionError):
 
 def address_of(given: str) -> str:
     """An address as the Jobs API wants it: ``http://HOST:PORT``, without a slash at its end."""
-    address = given.strip().rstrip("/")
-    if "://" not in address:
-        address = f"http://{address}"
+    address = given.strip() if "://" in given else f"http://{given.strip()}"
     parts = urllib.parse.urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
@@ -49,9 +48,8 @@ def address_of(given: str) -> str:
         port = parts.port
     except ValueError:
         raise ConfigError(f"{given!r} names no port: a dashboard has 8265 unless it was told otherwise") from None
-    if "://" not in given and port is None:
-        address += ":8265"
-    return address
+    address = address.rstrip("/")
+    return f"{address}:8265" if "://" not in given and port is None else address
 
 
 def sends_in_the_clear(address: str) -> bool:
@@ -111,6 +109,8 @@ def client_at(address: str, headers: Mapping[str, str]) -> Any:
     """Ray's JobSubmissionClient for exactly this address."""
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("dashboard_sdk", "job.sdk"):  # they tell of each upload and each closed connection
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # each would win over the address that was asked for
         return JobSubmissionClient(address, headers=dict(headers))
 

@@ -157,8 +157,8 @@ def _wants_to_stop() -> bool:
     """Ask once; False where nobody can be asked."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    print("\nstop the job? [y/N] ", end="", file=sys.stderr, flush=True)
     try:
+        print("\nstop the job? [y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
     except KeyboardInterrupt:
         print(file=sys.stderr)

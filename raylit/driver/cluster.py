@@ -15,6 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from raylit.driver import shipping
+from raylit.driver.fitting import beyond_growth, misfit
+from raylit.driver.project import script_base
 from raylit.errors import ResourceError
 from raylit.wire import ClusterCpus
 
@@ -30,6 +35,9 @@ _RUN_ENVIRONMENT = {
     # Ray 2.60 announces a coming change of default on stderr in every process without this.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+# Of the connection that was made last: at most one.
+_shipped: list[shipping.Shipped] = []
+_LAUNCHERS_FILE = Path("~/ray_bootstrap_config.yaml")  # of `ray up`, on a head node
 # A process of its own that polls for announced node losses: of no use where the only node is the driver's own.
 _SINGLE_NODE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
@@ -40,31 +48,61 @@ def connect(runtime_env: Mapping[str, Any] | None = None) -> bool:
     Does nothing where Ray is initialised already. Returns True where this call made the connection.
 
     Code on workers: on the driver's own machine they get the caller's working directory and ``sys.path`` (see
-    ``raylit.worker.entry``), so nothing is shipped. On a cluster (an address is given) the folder of the running
-    script is shipped as Ray's ``working_dir``, unless ``runtime_env`` or the job's own runtime environment
-    (``ray job submit --working-dir``) names one. In a notebook, where there is no script, nothing is shipped.
+    ``raylit.worker.entry``), so nothing is shipped. Where the cluster has other nodes, or may get some, the project of
+    the running script is shipped as Ray's ``working_dir`` (see ``raylit.driver.project``), unless ``runtime_env`` or
+    the job's own runtime environment (``raylit submit``, ``ray job submit --working-dir``) names one. In a notebook,
+    and for a script in a home folder, nothing is shipped. ConfigError where the project is too large for it.
     """
     import ray
 
     if ray.is_initialized():
         return False
-    environment = dict(runtime_env or {})
-    joins = bool(os.environ.get("RAY_ADDRESS")) and os.environ["RAY_ADDRESS"] != "local"
-    if joins and not _job_has_working_dir() and "working_dir" not in environment:
-        folder = script_folder()
-        if folder is not None:
-            environment["working_dir"] = folder
+    given = dict(runtime_env or {})
+    _init(given)
+    in_job = "working_dir" in shipping.job_environment()
+    how: Any = "argument" if "working_dir" in given else "job" if in_job else "alone"
+    folder = None
+    if how == "alone" and _has_other_nodes():
+        folder = shipping.project_folder()
+        how = "project" if folder else "home" if script_base() else "interactive"
+    if folder is not None:
+        # Only who is connected can tell whether there is anyone to ship to, and a connection is told at its beginning.
+        ray.shutdown()
+        with shipping.environment_with(folder, given) as environment:
+            _init(environment)
+    _shipped[:] = [shipping.Shipped(_job_id(), how, folder)]
+    return True
+
+
+def shipped() -> shipping.Shipped | None:
+    """What the present connection carries to other nodes; None where raylit did not make it."""
+    return _shipped[0] if _shipped and connected() and _shipped[0].job_id == _job_id() else None
+
+
+def _init(environment: Mapping[str, Any]) -> None:
+    import ray
+
     with warnings.catch_warnings(), _importable_raylit():
         warnings.simplefilter("ignore", FutureWarning)
         ray.init(
-            runtime_env=environment or None,
+            runtime_env=dict(environment) or None,
             # Prints come through the channel; Ray's forwarding would show them again, with its own log lines.
             log_to_driver=False,
             logging_level=logging.ERROR,
             # Ignored when joining. Saves the dashboard's processes on a machine that is only ours for this script.
             include_dashboard=False,
         )
-    return True
+
+
+def _job_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_job_id())
+
+
+def _has_other_nodes() -> bool:
+    """Whether workers may come to lie on another machine than this process; through Ray Client they always do."""
+    return os.environ.get("RAY_ADDRESS", "").startswith("ray://") or not single_node() or may_grow()
 
 
 @contextlib.contextmanager
@@ -84,20 +122,6 @@ def _importable_raylit() -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-
-
-def script_folder() -> str | None:
-    """The folder of the script that is running, or None (interactive, ``-c``, an installed command)."""
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
-    if main is None:
-        return None
-    folder = Path(main).resolve().parent
-    return None if folder == Path(sys.executable).parent else str(folder)
-
-
-def _job_has_working_dir() -> bool:
-    # `ray job submit` hands its runtime environment to the driver's process in this documented variable.
-    return "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
 
 
 def connected() -> bool:
@@ -133,9 +157,16 @@ def with_gpus(resources: Mapping[str, float] | None, gpus: int) -> Mapping[str, 
 def check_fits(num_workers: int, resources_per_worker: Mapping[str, float] | None, use_gpu: bool) -> None:
     """Raise :class:`ResourceError` with the arithmetic where the cluster can never give what is asked.
 
-    A cluster that may grow (:func:`may_grow`) is not refused: Ray would add nodes. Resources that other jobs hold at
-    the moment count as there; the run then waits for them.
+    A cluster that may grow (:func:`may_grow`) is refused only where its file says that it cannot grow so far.
+    Resources that other jobs hold at the moment count as there; the run then waits for them.
     """
+    problem = problem_of(num_workers, per_worker(resources_per_worker, use_gpu))
+    if problem is not None:
+        raise ResourceError(problem)
+
+
+def problem_of(num_workers: int, bundle: Mapping[str, float]) -> str | None:
+    """Why the cluster can never give ``num_workers`` times ``bundle``, with the arithmetic; None where it may."""
     import ray
 
     nodes = [
@@ -143,9 +174,19 @@ def check_fits(num_workers: int, resources_per_worker: Mapping[str, float] | Non
         for n in ray.nodes()
         if n["Alive"]
     ]
-    problem = misfit(num_workers, per_worker(resources_per_worker, use_gpu), nodes)
-    if problem is not None and not may_grow():
-        raise ResourceError(problem)
+    problem = misfit(num_workers, bundle, nodes)
+    if problem is None or not may_grow():
+        return problem
+    return beyond_growth(problem, num_workers, bundle, nodes, _launchers_file())
+
+
+def _launchers_file() -> dict[str, Any]:
+    """The file that ``ray up`` leaves on its head; empty elsewhere."""
+    try:
+        loaded = yaml.safe_load(_LAUNCHERS_FILE.expanduser().read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
 
 
 def cpus_beside(
@@ -156,41 +197,6 @@ def cpus_beside(
         return None
     each = per_worker(resources_per_worker, use_gpu).get("CPU", 0.0)
     return ClusterCpus(available().get("CPU", 0.0), num_workers, each)
-
-
-def misfit(num_workers: int, asked: Mapping[str, float], nodes: list[tuple[str, dict[str, float]]]) -> str | None:
-    """Why ``num_workers`` bundles of ``asked`` cannot lie on ``nodes`` (address, resources), or None where they can.
-
-    A bundle lies on one node. All bundles are alike, so filling each node in turn is exact, not an approximation.
-    """
-    room = [_bundles(asked, has) for _, has in nodes]
-    if sum(room) >= num_workers:
-        return None
-    each = ", ".join(f"{_number(v)} {k}" for k, v in asked.items())
-    total = ", ".join(f"{_number(v * num_workers)} {k}" for k, v in asked.items())
-    has_in_all = ", ".join(f"{_number(sum(has.get(k, 0.0) for _, has in nodes))} {k}" for k in asked)
-    lines = [
-        f"num_workers={num_workers} needs {num_workers} x ({each}) = {total}; the cluster has {has_in_all} "
-        f"on {len(nodes)} node{'s' * (len(nodes) != 1)}, room for {sum(room)} such worker{'s' * (sum(room) != 1)}.",
-    ]
-    for (address, has), count in list(zip(nodes, room, strict=True))[:8]:
-        listed = ", ".join(f"{_number(has.get(k, 0.0))} {k}" for k in asked)
-        lines.append(f"  node {address}: {listed} -> {count}")
-    hint = f"Use num_workers={sum(room)} or fewer" if sum(room) else "Ask for less per worker"
-    if asked.get("GPU") and not any(has.get("GPU") for _, has in nodes):
-        hint = "use_gpu=False trains on the CPUs"
-    lines.append(f"{hint}, or lower resources_per_worker, or join a larger cluster (RAY_ADDRESS).")
-    return "\n".join(lines)
-
-
-def _bundles(asked: Mapping[str, float], has: Mapping[str, float]) -> int:
-    # A small tolerance: 0.1 of a CPU, ten times, is one CPU.
-    counts = [int(has.get(k, 0.0) / v + 1e-9) for k, v in asked.items()]
-    return min(counts) if counts else sys.maxsize
-
-
-def _number(value: float) -> str:
-    return f"{value:g}"
 
 
 def may_grow() -> bool:
@@ -205,7 +211,7 @@ def may_grow() -> bool:
         return True
     if os.environ.get("KUBERAY_GEN_RAY_START_CMD") or os.environ.get("RAY_CLUSTER_NAME"):
         return True
-    return Path("~/ray_bootstrap_config.yaml").expanduser().exists()
+    return _LAUNCHERS_FILE.expanduser().exists()
 
 
 def single_node() -> bool:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from raylit.driver import cluster
+from raylit.driver import cluster, waiting
 from raylit.driver.channel import DriverChannel
+from raylit.driver.shipping import explained
 from raylit.errors import ProgressTimeoutError, ResourceError, WorkerLostError
 from raylit.wire import Job, WorkerFailure
 from raylit.worker.failure import WorkerFailed, bare, describe, first_cause, is_consequence, rebuild
@@ -56,13 +57,16 @@ def launch(
     on_event: OnEvent | None = None,
     again: bool = False,
     ray_data: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    start_timeout_s: float | None = None,
 ) -> Launched:
     """Run ``worker_main`` on ``num_workers`` Ray Train workers and return rank 0's outcome.
 
     ``scaling_config``, ``run_config`` and ``failure_config`` are Ray's own; the shorthands that are given fill them
     in. ``on_event`` gets the workers' live events (dicts; prints are ``{"kind": "print", ...}``) in a thread of this
     process. ``again``: a restart, which waits for a cluster that has lost a node. ``ray_data``: Datasets that are read
-    at a time beside the workers. Raises what the worker raised,
+    at a time beside the workers. ``say`` gets a line now and then while there is no room; after ``start_timeout_s``
+    that is a ResourceError. Raises what the worker raised,
     :class:`WorkerLostError` where a worker process died,
     :class:`ResourceError` where the cluster cannot give what is asked, KeyboardInterrupt after Ctrl-C.
     """
@@ -76,6 +80,8 @@ def launch(
         cluster.check_fits(*asked)
         job = dataclasses.replace(job, cpus=cluster.cpus_beside(*asked))
         check_cpus(ray_data, job.cpus)
+    if isinstance(scaling.num_workers, int):  # an elastic run has looked for its room already
+        _wait_for_room(scaling, say, start_timeout_s)
     run = merge_run(run_config, failure_config, name, storage_path, max_failures, runtime_env, storage_filesystem)
     error: BaseException
     with open_channel(on_event) as channel, cluster.run_settings():
@@ -90,6 +96,16 @@ def launch(
             if isinstance(error, WorkerLostError) and channel and channel.stalled:
                 error = stalled_error(channel.stalled, channel.workers)
     raise bare(error)
+
+
+def _wait_for_room(scaling: ray.train.ScalingConfig, say: Callable[[str], None], timeout_s: float | None) -> None:
+    if scaling.use_tpu or scaling.label_selector:  # Ray lays these out by rules of its own
+        return
+    bundle = cluster.per_worker(scaling.resources_per_worker, bool(scaling.use_gpu))
+    if scaling.accelerator_type:
+        bundle[f"accelerator_type:{scaling.accelerator_type}"] = 0.001
+    with waiting.room(waiting.Asked(int(scaling.num_workers), bundle, scaling.placement_strategy), say, timeout_s):
+        pass  # it is there; Ray Train takes it in a moment
 
 
 def stored(job: Job) -> Job:
@@ -246,7 +262,7 @@ def as_callers_error(raised: BaseException, workers: Mapping[int, tuple[str, int
         packed = [e.failure for e in failed.values() if isinstance(e, WorkerFailed)]
         lost = {rank: e for rank, e in failed.items() if _death(e) is not None}
         if packed and not (lost and all(map(is_consequence, packed))):
-            return rebuild(first_cause(packed))
+            return explained(rebuild(first_cause(packed)), cluster.shipped())
         if not lost:
             other: BaseException = next(iter(failed.values()), raised)
             return other

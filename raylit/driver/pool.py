@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from raylit.driver import cluster
@@ -24,6 +24,8 @@ from raylit.driver.launch import (
     stalled_error,
     stored,
 )
+from raylit.driver.shipping import explained
+from raylit.driver.waiting import Asked, wait_for
 from raylit.errors import WorkerLostError
 from raylit.wire import Job, World
 from raylit.worker.failure import WorkerFailed, bare, first_cause, is_consequence, rebuild
@@ -56,6 +58,8 @@ def launch_pooled(
     worker_main: str = DEFAULT_WORKER_MAIN,
     on_event: OnEvent | None = None,
     ray_data: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    start_timeout_s: float | None = None,
 ) -> Launched:
     """As :func:`raylit.driver.launch.launch`, without Ray Train: ``result`` is None. Same errors, prints, Ctrl-C."""
     cluster.connect(runtime_env)
@@ -68,7 +72,7 @@ def launch_pooled(
         _stop_timer()
         sent = dataclasses.replace(job, channel=channel.address if channel else None)
         try:
-            pool = _ready(key, asked, runtime_env)
+            pool = _ready(key, asked, runtime_env, say, start_timeout_s)
             sent = stored(sent)
             refs = [
                 actor.run.remote(sent, world, worker_main)
@@ -106,7 +110,10 @@ def release() -> None:
                 remove_placement_group(pool.group)
 
 
-def _ready(key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[str, Any] | None) -> _Pool:
+def _ready(
+    key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[str, Any] | None, say: Callable[[str], None],
+    timeout_s: float | None,
+) -> _Pool:  # fmt: skip
     """The kept pool where it has the same shape and is alive, else a new one."""
     import ray
 
@@ -116,10 +123,13 @@ def _ready(key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[s
             return _kept[0]
     release()
     cluster.check_fits(key[0], asked, use_gpu=False)
-    return _start(key, asked, runtime_env)
+    return _start(key, asked, runtime_env, say, timeout_s)
 
 
-def _start(key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[str, Any] | None) -> _Pool:
+def _start(
+    key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[str, Any] | None, say: Callable[[str], None],
+    timeout_s: float | None,
+) -> _Pool:  # fmt: skip
     import ray
     from ray.util import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -128,8 +138,8 @@ def _start(key: tuple[Any, ...], asked: dict[str, float], runtime_env: Mapping[s
 
     group = placement_group([dict(asked)] * key[0], strategy=key[2])
     try:
-        while not group.wait(timeout_seconds=5):  # in pieces, so that Ctrl-C is heard while others hold the resources
-            continue
+        # In pieces, so that Ctrl-C is heard while others hold the resources.
+        wait_for(lambda: bool(group.wait(timeout_seconds=0.5)), Asked(key[0], asked, key[2]), say, timeout_s)
         named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         options: dict[str, Any] = {"num_cpus": 0, **{named[k]: v for k, v in asked.items() if k in named}}
         options["resources"] = {k: v for k, v in asked.items() if k not in named}
@@ -206,7 +216,7 @@ def _callers_error(errors: Mapping[int, BaseException], workers: Mapping[int, tu
     packed = [c.failure for c in causes.values() if isinstance(c, WorkerFailed)]
     lost = {rank: c for rank, c in causes.items() if not isinstance(c, WorkerFailed)}
     if packed and not (lost and all(map(is_consequence, packed))):
-        return rebuild(first_cause(packed))
+        return explained(rebuild(first_cause(packed)), cluster.shipped())
     return lost_error(lost, workers)
 
 

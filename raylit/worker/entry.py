@@ -7,6 +7,8 @@ and brings its bytes, or its exception, back.
 from __future__ import annotations
 
 import dataclasses
+import filecmp
+import functools
 import importlib
 import logging
 import os
@@ -19,6 +21,9 @@ from typing import Any, cast
 from raylit.wire import Job, World
 from raylit.worker.channel import WorkerChannel, redirected
 from raylit.worker.failure import WorkerFailed, is_consequence, pack
+
+# The variable by which a worker learns which folder of the caller's was shipped, in each spelling of its path.
+PROJECT = "RAYLIT_PROJECT"
 
 WorkerMain = Callable[[Job, World, "WorkerChannel | None"], bytes]
 
@@ -65,13 +70,54 @@ def run_job(job: Job, world: World, worker_main: str) -> bytes:
 
 
 def take_callers_place(job: Job) -> None:
-    """Working directory and import path of the caller, as far as they exist on this host."""
-    if job.working_dir is not None and os.path.isdir(job.working_dir):
-        os.chdir(job.working_dir)
-    known = [entry for entry in job.sys_path if os.path.exists(entry or ".")]
+    """Working directory and import path of the caller, as far as they exist on this host.
+
+    What lies in a project that was shipped is looked for in its copy here, unless the caller's own folder is there
+    with the same code: on the caller's machine, or a shared disk. An old copy under the same name is not taken.
+    """
+    if job.working_dir is not None:
+        # Files that are no code are often ignored by git, so not shipped, and on a shared disk: its folder comes first.
+        place = next(filter(os.path.isdir, (job.working_dir, _here(job.working_dir))), None)
+        if place is not None:
+            os.chdir(place)
+    known = [entry for entry in dict.fromkeys(map(_here, job.sys_path)) if os.path.exists(entry or ".")]
     sys.path[:] = known + [entry for entry in sys.path if entry not in known]
     if job.argv:
         sys.argv[:] = job.argv
+
+
+def _here(path: str) -> str:
+    """Where a path of the caller's is on this host."""
+    # Ray has the folder that it unpacked first on the import path, under a name that says its content.
+    on_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    copy = next((each for each in on_path if os.path.basename(each).startswith("_ray_pkg_")), None)
+    if copy is None:
+        return path
+    for project in filter(None, os.environ.get(PROJECT, "").split(os.pathsep)):
+        if path == project or path.startswith(project + os.sep):
+            return path if _holds_all_of(project, copy) else copy + path[len(project) :]
+    names = path.split(os.sep)
+    if os.path.exists(path) or os.path.basename(copy) not in names:
+        return path
+    # A job's working_dir: each host has it below its own folder for Ray.
+    return os.path.join(copy, *names[names.index(os.path.basename(copy)) + 1 :])
+
+
+@functools.lru_cache(maxsize=8)
+def _holds_all_of(folder: str, copy: str) -> bool:
+    """Whether every Python file of ``copy`` is in ``folder`` too, with the same content."""
+    if os.path.realpath(folder) == os.path.realpath(copy):
+        return True
+    for place, _, names in os.walk(copy):
+        for name in names:
+            own = os.path.join(place, name)
+            if name.endswith(".py"):
+                try:
+                    if not filecmp.cmp(own, folder + own[len(copy) :], shallow=False):
+                        return False
+                except OSError:
+                    return False
+    return os.path.isdir(folder)
 
 
 def with_payload(job: Job) -> Job:
