@@ -222,8 +222,8 @@ def _all_reduce(
             say("waiting for a GPU on each node")
             count = workers or (len(with_gpu) if len(with_gpu) > 1 else min(2, gpus))
             ranks = stack.enter_context(NodeActors(_dealt(with_gpu, count, "GPU"), gpus=1))
-            if any(answer is not True for answer in ranks.ask(node.ready, within_s=_GPU_S)):
-                note = "measured with gloo, over the CPUs: other jobs hold the GPUs, or their workers did not start"
+            if any(answer is not True for answer in ranks.ask(node.ready, True, within_s=_GPU_S)):
+                note = "measured with gloo, over the CPUs: other jobs hold the GPUs, or torch cannot use them"
                 ranks.end()
                 ranks = None
             else:
@@ -237,7 +237,7 @@ def _all_reduce(
             for each in first.nodes:
                 again.remove(each)
             extra = stack.enter_context(NodeActors(again))
-            extra.ask(node.ready, within_s=answer_s)
+            extra.ask(node.ready, False, within_s=answer_s)
             ranks = first.with_more(extra)
         if len(ranks.nodes) == 1:
             return [*rows, green("all-reduce", CLUSTER, f"one worker ({backend}): nothing to send")], {}

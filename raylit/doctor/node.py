@@ -324,9 +324,10 @@ def free_port(kept: dict[str, Any], address: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def ready(kept: dict[str, Any]) -> bool:
-    """Answer, once torch is loaded: this actor has its process, and its GPU where it reserved one."""
-    return _torch()[0] is not None
+def ready(kept: dict[str, Any], with_gpu: bool) -> bool:
+    """Answer once torch is loaded: whether this process can take part, on the GPU that it reserved if ``with_gpu``."""
+    torch = _torch()[0]
+    return torch is not None and (not with_gpu or bool(torch.cuda.is_available()))
 
 
 def stage(kept: dict[str, Any]) -> str:
