@@ -97,6 +97,7 @@ class Trainer(TrainerView):
         max_failures: int | None = None,
         progress_timeout: str | timedelta | Mapping[str, int] | None = "00:00:30:00",
         runtime_env: Mapping[str, Any] | None = None,
+        start_timeout: str | timedelta | Mapping[str, int] | None = None,
         prepare_data_per_node: bool | None = None,
         **unknown: Any,
     ) -> None:

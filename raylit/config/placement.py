@@ -9,8 +9,10 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
+from raylit.config.amounts import duration
 from raylit.config.checks import number, one_of, refuse, show, whole, whole_or_none
 from raylit.errors import ConfigError
 from raylit.uri import redacted
@@ -46,6 +48,7 @@ class PlacementConfig:
     resume: str | None = None  # "auto": go on with the run of this name, where there is one
     max_failures: int | None = None  # -1: any number; None: 3 after a lost worker, where checkpoints are kept
     runtime_env: Mapping[str, Any] | None = None
+    start_timeout: timedelta | None = None  # how long to wait for the workers' resources; None: no limit
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -59,6 +62,7 @@ class PlacementConfig:
             "resume": None if self.resume is None else one_of("resume", self.resume, ("auto",)),
             "max_failures": whole_or_none("max_failures", self.max_failures, -1, "-1: any number"),
             "runtime_env": _runtime_env(self.runtime_env),
+            "start_timeout": duration("start_timeout", self.start_timeout),
         }
         for argument, class_name in (
             ("scaling_config", "ScalingConfig"),
@@ -102,6 +106,11 @@ class PlacementConfig:
         return float(getattr(self.scaling_config, "elastic_resize_monitor_interval_s", 60.0))
 
     @property
+    def start_timeout_s(self) -> float | None:
+        """``start_timeout`` in seconds."""
+        return None if self.start_timeout is None else self.start_timeout.total_seconds()
+
+    @property
     def unused_in_process(self) -> tuple[str, ...]:
         """Arguments that were given and have no meaning without Ray; () on workers. For a note, not an error:
         a script must run unchanged with ``num_workers=0``."""
@@ -113,6 +122,7 @@ class PlacementConfig:
             "failure_config": None,
             "max_failures": None,
             "runtime_env": None,
+            "start_timeout": None,
         }
         return tuple(argument for argument, default in only_ray.items() if getattr(self, argument) != default)
 

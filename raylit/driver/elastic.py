@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from raylit.driver import cluster
+from raylit.driver.waiting import Asked, wait_for
 from raylit.wire import Elastic
 
 _SETTLE_S = 3.0  # without another request met, what there is now is taken
-_TELL_S = 10.0  # waiting is told after this long
 
 
-def sized(pooled: bool, elastic: Elastic, failures: Any, again: bool, say: Callable[[str], None]) -> tuple[int, Any]:
+def sized(
+    pooled: bool, elastic: Elastic, failures: Any, again: bool, say: Callable[[str], None],
+    timeout_s: float | None = None,
+) -> tuple[int, Any]:  # fmt: skip
     """The number of workers to start now, and Ray's FailureConfig for them."""
     import ray.train
 
@@ -31,7 +34,7 @@ def sized(pooled: bool, elastic: Elastic, failures: Any, again: bool, say: Calla
     pool.release()  # workers that an evaluation left hold resources that count
     if not again:
         cluster.check_fits(elastic.least, elastic.bundle, use_gpu=False)
-    workers = workers_now(elastic, say)
+    workers = workers_now(elastic, say, timeout_s)
     say(f"starting {workers} Ray worker{'s' * (workers != 1)} (of {elastic.least} to {elastic.most}) ...")
     # After a node was taken away, or where the room has gone meanwhile, Ray would wait; raylit takes what is there.
     given = failures or ray.train.FailureConfig()
@@ -39,22 +42,26 @@ def sized(pooled: bool, elastic: Elastic, failures: Any, again: bool, say: Calla
     return workers, dataclasses.replace(given, **dict.fromkeys(known, 0))
 
 
-def workers_now(elastic: Elastic, note: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> int:
-    """Wait until there is room for ``elastic.least`` workers; return how many to start."""
+def workers_now(
+    elastic: Elastic, say: Callable[[str], None], timeout_s: float | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> int:  # fmt: skip
+    """Wait until there is room for ``elastic.least`` workers, as ``waiting.room`` does; return how many to start."""
     with requested(elastic) as groups:
-        met, began = 0, now()
-        since, told = began, began
-        while True:
+        met, since, workers = 0, now(), 0
+
+        def settled() -> bool:
+            nonlocal met, since, workers
             count = sum(group.wait(timeout_seconds=0.05) for group in groups)
             if count > met:
                 met, since = count, now()
             workers = elastic.workers(count)
-            if workers and (count >= min(elastic.most, _of_all_nodes(elastic)) or now() - since >= _SETTLE_S):
-                return workers
-            if not workers and now() - told >= (_TELL_S if told == began else 6 * _TELL_S):
-                told = now()
-                note(f"waiting for room for {elastic.least} worker{'s' * (elastic.least != 1)}: the cluster has room "
-                     f"for {count} now")  # fmt: skip
+            return bool(workers) and (
+                count >= min(elastic.most, _of_all_nodes(elastic)) or now() - since >= _SETTLE_S
+            )
+
+        wait_for(settled, Asked(elastic.least, elastic.bundle), say, timeout_s, now)
+        return workers
 
 
 @contextlib.contextmanager

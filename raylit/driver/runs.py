@@ -241,6 +241,7 @@ def _launch(
     """``worker_main``: in place of the usual one, on the workers that evaluations keep."""
     from raylit.driver import cluster, pool
     from raylit.driver.launch import launch
+    from raylit.driver.storage_check import require_shared_folder
 
     placement, pooled = trainer._config.placement, spec.stage is not Stage.FIT or worker_main is not None
     refs: list[Any] = []
@@ -272,7 +273,7 @@ def _launch(
             *placement.worker_range, keeps_batch=placement.elastic_batch == "keep", every_s=placement.resize_every_s,
             bundle=cluster.per_worker(resources, bool(use_gpu)), request=f"raylit-{secrets.token_hex(8)}-",
         )  # fmt: skip
-        workers, failures = sized(pooled, elastic, failures, again, say)
+        workers, failures = sized(pooled, elastic, failures, again, say, placement.start_timeout_s)
         job = dataclasses.replace(job, elastic=elastic)
     where: dict[str, Any] = {
         "num_workers": workers,
@@ -281,11 +282,15 @@ def _launch(
         "runtime_env": placement.runtime_env,
         "on_event": lambda event: _follow(trainer, spec, display, event),
         "ray_data": _read_at_a_time(trainer, spec),
+        "say": say,
+        "start_timeout_s": placement.start_timeout_s,
     }
     if pooled:
         # No checkpoint, no restart: plain actors do, which start sooner and are kept for the next evaluation.
         where |= {} if worker_main is None else {"worker_main": worker_main}
         return pool.launch_pooled(job, placement_strategy=placement.placement_strategy or "PACK", **where)
+    if run_folder is not None and not again:
+        require_shared_folder(run_folder, spec.run_filesystem)
     with folders.storage_of(run_folder, spec.stage) as (storage, name), open_requests(elastic):
         return launch(
             job,

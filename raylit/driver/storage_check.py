@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -103,6 +104,24 @@ def require_shared_storage(
     problem = check_storage(storage, filesystem, nodes=among, within_s=within_s).problem
     if problem is not None:
         raise ConfigError(problem)
+
+
+_found_good: set[tuple[str, frozenset[str]]] = set()  # (storage, nodes' ids), of this process
+
+
+def require_shared_folder(folder: str, filesystem: Any = None) -> None:
+    """As ``require_shared_storage``, for the folder that a run is about to use, and once for the same nodes.
+
+    An object store is the same place from everywhere: only a path is looked at, which costs a second or two.
+    """
+    if filesystem is not None or "://" in folder:
+        return
+    nodes = alive_nodes()
+    storage = os.path.dirname(folder.rstrip("/"))
+    key = (storage, frozenset(node.id for node in nodes))
+    if key not in _found_good:
+        require_shared_storage(storage, nodes=nodes)
+        _found_good.add(key)
 
 
 def _checked(actors: NodeActors, storage: str, filesystem: Any, within_s: float) -> StorageReport:

@@ -15,7 +15,7 @@ import torch
 from raylit.checkpoint.folder import Folder
 from raylit.config.fit import as_fast_dev_run
 from raylit.config.trainer import TrainerConfig
-from raylit.driver import cluster, pool
+from raylit.driver import cluster, pool, waiting
 from raylit.driver import folder as folders
 from raylit.driver.faults import for_caller
 from raylit.errors import ConfigError, ResourceError, RunExistsError, nearest
@@ -150,6 +150,7 @@ class Tuner:
         import cloudpickle
         from ray import tune
 
+        from raylit.driver.storage_check import require_shared_folder
         from raylit.search.display import SearchDisplay, as_callback
         from raylit.search.trainable import trainable
 
@@ -162,6 +163,10 @@ class Tuner:
         spec.use_gpu = self._with_gpu()
         spec.bundle = cluster.per_worker(placement.resources_per_worker, bool(spec.use_gpu))
         self._check_fits(spec)
+        if goes_on is None:
+            require_shared_folder(storage, spec.filesystem)
+        with waiting.room(waiting.Asked(spec.workers, spec.bundle), self._say, placement.start_timeout_s):
+            pass  # for one trial; Tune waits without a word
         folder = Folder(storage, spec.filesystem)
         goal, copy_of_state = self._kept_goal(goal, folder), state_copy.StateCopy(folder)
         spec.metric = goal.metric
@@ -227,6 +232,10 @@ class Tuner:
                 f"Logged are: {', '.join(sorted(report.metrics)) or 'none'}. (Found by training the first "
                 "configuration on one batch, which Tuner(dry_run=False) leaves out.)"
             )
+
+    def _say(self, text: str) -> None:
+        if self._config.fit.enable_progress_bar:
+            print(text, flush=True)
 
     def _with_gpu(self) -> bool:
         placement = self._config.placement

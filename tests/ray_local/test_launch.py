@@ -230,16 +230,6 @@ def test_more_workers_than_the_cluster_can_give(run: Callable[..., Any]) -> None
         run(main_ranks, use_gpu=True)
 
 
-def test_misfit_counts_node_by_node() -> None:
-    from raylit.driver.cluster import misfit
-
-    nodes = [("10.0.0.1", {"CPU": 3.0}), ("10.0.0.2", {"CPU": 3.0})]
-    assert misfit(2, {"CPU": 3.0}, nodes) is None
-    problem = misfit(3, {"CPU": 2.0}, nodes)
-    assert problem is not None and "room for 2 such workers" in problem and "node 10.0.0.2: 3 CPU -> 1" in problem
-    assert misfit(10, {"CPU": 0.1}, [("a", {"CPU": 1.0})]) is None
-
-
 SCRIPT = """
 import sys, time, os
 sys.path[:0] = [{root!r}, {here!r}]

@@ -40,7 +40,7 @@ log_every_n_steps enable_progress_bar enable_model_summary enable_checkpointing 
 profiler sync_batchnorm use_distributed_sampler reload_dataloaders_every_n_epochs inference_mode seed strategy
 num_workers use_gpu resources_per_worker placement_strategy scaling_config run_config failure_config name storage_path
 max_failures runtime_env automatic_optimization prepare_data_per_node
-progress_timeout resume elastic_batch""".split()  # the last two lines: raylit's own
+progress_timeout resume elastic_batch start_timeout""".split()  # the last two lines: raylit's own
 
 
 def test_the_arguments_are_the_contracts() -> None:
