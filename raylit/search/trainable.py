@@ -55,11 +55,20 @@ class TrialSteps:
         folder = f"{self._folder.rstrip('/')}/{self.trial_id}"
         if self._spec.workers == 1:
             return TrialRun(self._spec, self._config, World(), folder, self._saved)
+        from ray.exceptions import RayActorError
+
         from raylit.search.group import TrialGroup
 
-        if self._group is None or not self._group.alive:
-            self._group = TrialGroup(self._spec, self._place)
-        self._group.begin(self._config, folder, self._saved)
+        for again in (False, True):
+            if self._group is None or not self._group.alive:
+                self._group = TrialGroup(self._spec, self._place)
+            try:
+                self._group.begin(self._config, folder, self._saved)
+                break
+            except RayActorError:  # one has died since the trial before, which this one has not to answer for
+                self._group.kill()
+                if again:
+                    raise
         return self._group
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -131,6 +132,42 @@ def test_trials_of_two_workers_on_two_cpus_come_one_after_the_other(tmp_path: Pa
         files = sorted(os.listdir(result.checkpoint.path))
         assert {"model.ckpt", "rank_00000.ckpt", "rank_00001.ckpt"} <= set(files)
         assert validated(result.checkpoint) == pytest.approx(result.metrics["val_loss"], rel=1e-5)
+
+
+class Noted(Net):
+    """Its workers leave their process ids in ``folder``."""
+
+    def __init__(self, lr: float = 0.1, folder: str = "") -> None:
+        super().__init__(lr)
+        self.save_hyperparameters()
+
+    def on_fit_start(self) -> None:
+        (Path(self.hparams.folder) / f"{self.hparams.lr}-{self.global_rank}").write_text(str(os.getpid()))
+
+
+class KillsAnIdleWorker(tune.Callback):
+    """Once a trial has the processes of the one before, and has not begun."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        others = [file for file in self._folder.glob("*-1") if not file.name.startswith(str(trial.config["lr"]))]
+        for each in others:
+            process = psutil.Process(int(each.read_text()))
+            process.kill()
+            process.wait(60)
+
+
+def test_a_worker_that_dies_between_two_trials_costs_neither(tmp_path: Path) -> None:
+    run_config = tune.RunConfig(callbacks=[KillsAnIdleWorker(tmp_path)])
+    results = raylit.Tuner(
+        Noted, param_space={"lr": tune.grid_search([0.01, 0.05]), "folder": str(tmp_path)}, run_config=run_config,
+        trainer=trainer(2, storage_path=str(tmp_path / "results"), name="search"), datamodule=Data(), dry_run=False,
+    ).fit()  # fmt: skip
+    assert not results.errors and [result.metrics["epoch"] for result in results] == [3, 3]
+    pids = {rank: {(tmp_path / f"{lr}-{rank}").read_text() for lr in (0.01, 0.05)} for rank in (0, 1)}
+    assert len(pids[0]) == len(pids[1]) == 2  # the other one's place is in a group that is gone
 
 
 def test_a_killed_trial_goes_on_to_the_bit(tmp_path: Path) -> None:
