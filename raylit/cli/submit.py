@@ -94,38 +94,50 @@ def _options(parser: argparse.ArgumentParser, again: bool = False) -> None:
 
 def submit(given: argparse.Namespace) -> int:
     """Run what the arguments say; the script's exit code. 2 and one line where it cannot be done."""
+    try:
+        return _submit(given)
+    except KeyboardInterrupt:
+        _say("interrupted, before the job was submitted")
+        return _INTERRUPTED
+
+
+def _submit(given: argparse.Namespace) -> int:
     file, script, arguments = _read_again(given)
     entry = entry_of(script, given.module, arguments, given.working_dir, given.exclude or [])
     entry.project.check(bytes_of(given.max_size), "or in --exclude PATTERN; --max-size says otherwise.")
-    runtime = {"env_vars": environment(given.env or [], entry)}
+    runtime: dict[str, Any] = {"env_vars": environment(given.env or [], entry)}
     command = command_of(entry, given.python)
     job = given.name or f"{entry.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    if _plain(job) != job:
+        raise ConfigError(f"--name {job}: letters, digits, '-', '_' and '.'")
     with _ended_by_signals(), _target(given, file) as target:
-        try:
-            import ray
-
-            there = jobs.version_at(target.address, target.headers, target.token_from)
-            jobs.check_versions(ray.__version__, there, given.force, _say)
-            if target.tunnel is None and jobs.sends_in_the_clear(target.address):
-                _say(
-                    f"what is sent to {target.address} is not encrypted, a token neither: others on the way can read it"
-                )
-            client = jobs.client_at(target.address, target.headers)
-            sent = entry.project
-            files = f"{len(sent.files)} file{'s' * (len(sent.files) != 1)}"
-            _say(f"sending {files}, {size_text(sent.size_bytes)}, of {sent.folder}")
-            with packed(sent) as package:
-                jobs.submit(
-                    client, entrypoint=command, submission_id=job, runtime_env={"working_dir": package, **runtime}
-                )
-        except KeyboardInterrupt:
-            _say(f"interrupted; it may have been taken already: ray job status {job} tells")
-            return _INTERRUPTED
+        client = _client(target, given.force)
+        sent = entry.project
+        files = f"{len(sent.files)} file{'s' * (len(sent.files) != 1)}"
+        _say(f"sending {files}, {size_text(sent.size_bytes)}, of {sent.folder}")
+        with packed(sent) as package:
+            runtime["working_dir"] = package
+            try:
+                jobs.submit(client, entrypoint=command, submission_id=job, runtime_env=runtime)
+            except KeyboardInterrupt:
+                _say(f"interrupted; the cluster may have taken job {job} already", *_ways(target, job))
+                return _INTERRUPTED
         if given.no_wait:
             _say(f"job {job} is submitted", *_ways(target, job))
             return 0
         _say(f"job {job}: {command}")
         return _followed(client, job, target)
+
+
+def _client(target: Target, force: bool) -> Any:
+    """Ray's client for the target, once it is known that a Ray like ours answers there and lets us in."""
+    import ray
+
+    there = jobs.version_at(target.address, target.headers, target.token_from)
+    jobs.check_versions(ray.__version__, there, force, _say)
+    if target.tunnel is None and jobs.sends_in_the_clear(target.address):
+        _say(f"what is sent to {target.address} is not encrypted, a token neither: others on the way can read it")
+    return jobs.client_at(target.address, target.headers)
 
 
 def _followed(client: Any, job: str, target: Target) -> int:
@@ -378,7 +390,7 @@ def _of_file(path: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "job"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "job"
 
 
 def _is_text(text: str) -> bool:

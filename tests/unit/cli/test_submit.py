@@ -222,6 +222,7 @@ def test_options_before_and_behind_the_script(
             "Largest: pkg/ (18 B), train/ (18 B), main.py (9 B), pyproject.toml (9 B), .gitignore (6 B).",
         ),
         (["--env", "=1", "main.py"], "--env =1"),
+        (["--name", "a/b", "main.py"], "--name a/b"),
         (["--env", "NOT_SET_HERE", "main.py"], "there is no such variable here"),
         (["x.yaml", "main.py"], "either --address or a cluster's file"),
         (["main.py", "--", "\udcff"], "is no text"),
@@ -515,6 +516,23 @@ def test_ctrl_c_without_a_terminal_leaves_the_job(head: JobsServer) -> None:
     assert process.returncode == 130
     assert "job mine goes on" in told and "ray job stop" in told and "Traceback" not in told
     assert head.stopped == []
+
+
+def test_ctrl_c_before_anything_was_submitted(place: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = [*COMMAND, "--address", address, "main.py"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        silent.accept()[0].close()  # it looks whether someone listens, and then asks
+        with silent.accept()[0] as asked:
+            assert asked.recv(3) == b"GET"
+            process.send_signal(signal.SIGINT)
+            out, told = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, "")
+    assert told.splitlines() == ["raylit submit: interrupted, before the job was submitted"]
 
 
 @pytest.mark.parametrize("answer", ["y", "n", "", "ctrl-c"])
