@@ -91,15 +91,25 @@ def explained(error: BaseException, shipped: Shipped | None) -> BaseException:
     ``shipped``: what this connection carries, None where raylit did not make it.
     """
     failure = error.__dict__.get("raylit_failure")
-    if not isinstance(error, ModuleNotFoundError) or not error.name or failure is None:
-        return error
+    text = lacking(error, failure.node_name, shipped) if failure is not None else None
+    if text is not None and isinstance(error, ModuleNotFoundError):
+        error.msg = text
+        error.args = (text, *error.args[1:])
+    return error
+
+
+def lacking(error: BaseException, node: str, shipped: Shipped | None) -> str | None:
+    """What to say in one line of a module that ``node`` lacks; None for other errors, and where it is missing here too.
+
+    ``node``: "" where nobody knows which one it was.
+    """
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
     file = _file_here(error.name)
     if file is None:
-        return error  # it is missing here too: a matter of the script, not of the cluster
-    text = f"No module named {error.name!r} on node {failure.node_name}; {_remedy(file, shipped)}"
-    error.msg = text
-    error.args = (text, *error.args[1:])
-    return error
+        return None  # a matter of the script, not of the cluster
+    where = f"node {node}" if node else "another node"
+    return f"No module named {error.name!r} on {where}; {_remedy(file, shipped)}"
 
 
 def _remedy(file: Path, shipped: Shipped | None) -> str:

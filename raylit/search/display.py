@@ -11,7 +11,9 @@ import cloudpickle
 from rich.console import Console
 from rich.live import Live
 
+from raylit.driver import cluster
 from raylit.driver.launch import account_of
+from raylit.driver.shipping import lacking
 from raylit.goal import BESIDE_METRICS
 from raylit.search.table import Goal, Row, line, table, varied
 
@@ -138,5 +140,6 @@ def worded(error: BaseException, host: str = "") -> str:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, RayActorError):  # the process said nothing: Ray tells what it saw of its end
         return f"its process{' on ' if host else ''}{host} was lost: {account_of(cause)}"
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    told = lacking(cause, host, cluster.shipped()) or str(cause)
+    lines = [line for line in told.strip().splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__

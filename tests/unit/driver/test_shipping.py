@@ -15,6 +15,7 @@ import pytest
 from raylit.driver import cluster, shipping
 from raylit.driver import project as projects
 from raylit.errors import ConfigError
+from raylit.search.display import worded
 from raylit.wire import WorkerFailure
 from raylit.worker.failure import rebuild
 
@@ -205,6 +206,17 @@ def test_what_is_said_of_a_module_that_a_worker_lacks(place: Path, shipped: Any,
     text = lacking("neighbour", shipped)
     assert text.startswith("No module named 'neighbour' on node host (10.0.0.2); here it is ")
     assert str(place / "train" / "neighbour.py") in text and says in text
+
+
+def test_a_trial_says_the_same(place: Path) -> None:
+    error = ModuleNotFoundError("No module named 'neighbour'", name="neighbour")
+    text = worded(error)
+    assert text.startswith("ModuleNotFoundError: No module named 'neighbour' on another node; here it is ")
+    assert "ray.init(runtime_env=" in text
+    assert " on node 10.0.0.2; " in worded(error, "10.0.0.2")
+    assert (
+        worded(ModuleNotFoundError("No module named 'x_y'", name="x_y")) == "ModuleNotFoundError: No module named 'x_y'"
+    )
 
 
 def test_an_ignored_module(place: Path) -> None:
