@@ -23,11 +23,13 @@ from raylit.driver.project import script_base
 from raylit.errors import ResourceError
 from raylit.wire import ClusterCpus
 
+# How often the controller asks the workers how they are, at the least: the end of a run, or a failure, is seen after
+# this long. Ray's default of 2 s is pure waiting.
+_POLL_S = 0.1
+# Between two polls for each worker: asking one costs the controller some 0.25 ms of its core, so a fifth of it at most.
+_POLL_S_OF_WORKER = 0.001
 # Ray Train's public settings for one run. The driver hands them on to the controller and the workers.
 _RUN_ENVIRONMENT = {
-    # How often the controller asks the workers how they are: the end of a run, or a failure, is seen after this
-    # long. The default of 2 s is pure waiting; a poll costs about a millisecond a worker.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     # Workers stay in the caller's directory instead of a folder below the Ray session.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Ray doubles each print into a log record; prints travel through raylit's channel.
@@ -230,13 +232,23 @@ def driver_host() -> str:
     return str(ray.util.get_node_ip_address())
 
 
+def poll_interval_s(num_workers: int) -> float:
+    """Seconds that Ray Train's controller leaves between two polls of so many workers: 0.1 up to 100, then 1 ms each.
+
+    It is also how long a poll may take before a worker counts as one that did not answer this time.
+    """
+    return max(_POLL_S, num_workers * _POLL_S_OF_WORKER)
+
+
 @contextlib.contextmanager
-def run_settings() -> Iterator[None]:
+def run_settings(num_workers: int) -> Iterator[None]:
     """Ray Train's settings and a quiet ``ray.train`` logger in this process for one run; everything is put back.
 
     A variable that is set already is the user's and stays.
     """
-    wanted = {**_RUN_ENVIRONMENT, **(_SINGLE_NODE_ENVIRONMENT if single_node() and not may_grow() else {})}
+    wanted = {**_RUN_ENVIRONMENT, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{poll_interval_s(num_workers):g}"}
+    if single_node() and not may_grow():
+        wanted |= _SINGLE_NODE_ENVIRONMENT
     with quiet_settings(wanted, "ray.train", logging.ERROR):
         yield
 

@@ -84,7 +84,7 @@ def launch(
         _wait_for_room(scaling, say, start_timeout_s)
     run = merge_run(run_config, failure_config, name, storage_path, max_failures, runtime_env, storage_filesystem)
     error: BaseException
-    with open_channel(on_event) as channel, cluster.run_settings():
+    with open_channel(on_event) as channel, cluster.run_settings(scaling.max_workers):
         sent = dataclasses.replace(job, channel=channel.address if channel else None)
         try:
             result = _fit(stored(sent), scaling, run, worker_main)
