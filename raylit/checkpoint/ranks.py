@@ -32,10 +32,7 @@ def file_name(rank: int) -> str:
 # -- random states ---------------------------------------------------------------------------------------------------
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the random states of this process and of its device, as plain values."""
-    state = get_random_state()
-    if "numpy" in state:
-        name, keys, position, has_gauss, cached = state["numpy"]
-        state["numpy"] = [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached]
+    state = as_plain(get_random_state())
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -43,13 +40,27 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def set_random(state: Mapping[str, Any], device: torch.device) -> None:
     """Restore what ``random_state`` returned; a device that the saving run had not keeps the seed alone."""
-    given = {key: value for key, value in state.items() if key != "cuda"}
-    if "numpy" in given:
-        name, keys, position, has_gauss, cached = given["numpy"]
-        given["numpy"] = (name, keys.numpy().astype("uint32"), position, has_gauss, cached)
-    set_random_state(given)
+    set_random_state(from_plain({key: value for key, value in state.items() if key != "cuda"}))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def as_plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``seed.get_random_state`` gave with tensors for numpy's arrays: it loads with ``weights_only``."""
+    plain = dict(state)
+    if "numpy" in plain:
+        name, keys, position, has_gauss, cached = plain["numpy"]
+        plain["numpy"] = [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached]
+    return plain
+
+
+def from_plain(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo ``as_plain``."""
+    state = dict(plain)
+    if "numpy" in state:
+        name, keys, position, has_gauss, cached = state["numpy"]
+        state["numpy"] = (name, keys.numpy().astype("uint32"), position, has_gauss, cached)
+    return state
 
 
 # -- values that must come back to the device they lay on ------------------------------------------------------------

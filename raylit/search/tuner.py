@@ -21,7 +21,7 @@ from raylit.driver.faults import for_caller
 from raylit.errors import ConfigError, ResourceError, RunExistsError, nearest
 from raylit.goal import GOAL_FILE, goal_from_json, goal_to_json
 from raylit.module import Module
-from raylit.search import state_copy
+from raylit.search import beginning, state_copy
 from raylit.search.settings import goal_of, placed, run_config_of, watched
 from raylit.search.space import check_names, fit_config, split
 from raylit.search.table import Goal, summary
@@ -168,6 +168,7 @@ class Tuner:
         with waiting.room(waiting.Asked(spec.workers, spec.bundle), self._say, placement.start_timeout_s):
             pass  # for one trial; Tune waits without a word
         folder = Folder(storage, spec.filesystem)
+        (beginning.keep if goes_on is None else beginning.take_up)(spec, folder)
         goal, copy_of_state = self._kept_goal(goal, folder), state_copy.StateCopy(folder)
         spec.metric = goal.metric
         place = Job("fit", b"", sys_path=tuple(filter(None, sys.path)), working_dir=os.getcwd(), argv=tuple(sys.argv))

@@ -142,7 +142,7 @@ def alone(rate: float, workers: int = 0, **given: Any) -> tuple[dict[str, Any], 
 
 def main(folder: Path) -> None:
     search = Search.read(folder)
-    raylit.seed_everything(SEED)
+    raylit.seed_everything(SEED + search.restored)  # a search that is taken up goes on with what it began with
     storage = folder / "results"
     callbacks = [] if search.driver_dies is None else [KillsTheDriver(search.driver_dies, folder / "killed")]
     what: dict[str, Any] = {
