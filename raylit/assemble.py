@@ -470,7 +470,8 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
         from raylit.worker.preemption import notices_of_ray
         from raylit.worker.room import elastic_notices
 
-        spec.notices = notices_of_ray() if job.elastic is None else elastic_notices(job.elastic, world)
+        size = world.world_size
+        spec.notices = notices_of_ray(size) if job.elastic is None else elastic_notices(job.elastic, world)
     with local_folder(spec.run_folder, spec.run_filesystem, begun) as spec.run_folder:
         with watched(view._state, world, spec.config.fit.progress_timeout_s, channel):
             try:

@@ -16,6 +16,9 @@ from raylit.ports import Collective, Notice
 # Ray Train's public settings; the driver hands them on to every worker.
 _WATCHER, _INTERVAL = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
 _DEFAULT_INTERVAL_S = 5.0
+# All ranks wait while that actor answers one after the other, some 0.4 ms each. The engine asks twice in an interval:
+# of many workers' time a twentieth at most is spent on it.
+INTERVAL_S_OF_WORKER = 0.02
 
 
 class RayNotices:
@@ -54,7 +57,16 @@ def _workers(ranks: list[int]) -> str:
     return f"worker{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
 
 
-def notices_of_ray(leaves: Callable[[int], bool] = lambda lost: False) -> RayNotices | None:
+def interval_s(num_workers: int) -> float:
+    """Seconds in which so many workers look for an announcement twice: 5 up to 250 of them, then 0.02 each.
+
+    An interval that is set for Ray's own watcher holds here too.
+    """
+    given = os.environ.get(_INTERVAL)
+    return max(_DEFAULT_INTERVAL_S, num_workers * INTERVAL_S_OF_WORKER) if given is None else float(given)
+
+
+def notices_of_ray(num_workers: int, leaves: Callable[[int], bool] = lambda lost: False) -> RayNotices | None:
     """What this Ray Train worker can ask; None where nobody watches (one machine alone), or Ray is too old for it."""
     if os.environ.get(_WATCHER, "1").lower() in ("0", "false"):
         return None
@@ -63,7 +75,7 @@ def notices_of_ray(leaves: Callable[[int], bool] = lambda lost: False) -> RayNot
     ask = getattr(ray.train, "get_preemption_info", None)
     if ask is None:
         return None
-    return RayNotices(ask, float(os.environ.get(_INTERVAL, _DEFAULT_INTERVAL_S)), node_name, leaves=leaves)
+    return RayNotices(ask, interval_s(num_workers), node_name, leaves=leaves)
 
 
 def node_name(node_id: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from raylit.ports import Collective, Notice, Notices
 from raylit.wire import Elastic, World
+from raylit.worker.preemption import INTERVAL_S_OF_WORKER, notices_of_ray
 
 _LOOK_S = 5.0  # the least between two looks; a look is one question to Ray for each request
 
@@ -30,7 +31,10 @@ class ElasticNotices:
         self._elastic, self._world, self._preemption = elastic, world, preemption
         self._requests, self._now = requests, now
         pause_s = max(min(elastic.every_s, _LOOK_S), 0.1)
-        self.every_s = pause_s if preemption is None else min(preemption.every_s, pause_s)
+        self.every_s = pause_s
+        if preemption is not None:
+            least_s = min(preemption.every_s, world.world_size * INTERVAL_S_OF_WORKER)  # to ask many workers takes long
+            self.every_s = max(min(preemption.every_s, pause_s), least_s)
         self._due = now() + elastic.every_s
 
     def ask(self, collective: Collective) -> Notice | None:
@@ -79,7 +83,6 @@ class OpenRequests:
 
 def elastic_notices(elastic: Elastic, world: World) -> ElasticNotices:
     """What a worker of an elastic run hears of."""
-    from raylit.worker.preemption import notices_of_ray
-
-    preemption = notices_of_ray(lambda lost: elastic.workers(world.world_size - lost) > 0)
+    size = world.world_size
+    preemption = notices_of_ray(size, lambda lost: elastic.workers(size - lost) > 0)
     return ElasticNotices(elastic, world, preemption, OpenRequests(elastic, world.world_size))

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from raylit.strategies.collective import LocalCollective
-from raylit.worker.preemption import RayNotices, notices_of_ray
+from raylit.wire import Elastic, World
+from raylit.worker.preemption import RayNotices, interval_s, notices_of_ray
+from raylit.worker.room import ElasticNotices
 
 ALONE = LocalCollective(torch.device("cpu"))
 
@@ -55,4 +57,22 @@ def test_a_deadline_that_has_passed() -> None:
 @pytest.mark.parametrize("setting", ["0", "False"])
 def test_where_ray_watches_not_nobody_is_asked(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", setting)
-    assert notices_of_ray() is None
+    assert notices_of_ray(2) is None
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 5.0), (250, 5.0), (500, 10.0), (1000, 20.0)])
+def test_many_workers_ask_less_often(monkeypatch: pytest.MonkeyPatch, workers: int, seconds: float) -> None:
+    monkeypatch.delenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", raising=False)
+    assert interval_s(workers) == seconds
+    world = World(world_size=workers)
+    preemption = RayNotices(lambda: None, interval_s(workers), str)
+    elastic = ElasticNotices(Elastic(1, 2000, False, {}, every_s=60.0), world, preemption, lambda: 0)
+    assert elastic.every_s == seconds  # an elastic run, which looks for room besides, asks no oftener
+
+
+def test_an_interval_that_a_person_set_holds_for_many_workers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    assert interval_s(1000) == 0.5
+    preemption = RayNotices(lambda: None, interval_s(1000), str)
+    elastic = ElasticNotices(Elastic(1, 2000, False, {}), World(world_size=1000), preemption, lambda: 0)
+    assert elastic.every_s == 0.5
