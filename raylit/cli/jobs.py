@@ -132,6 +132,10 @@ def submit(client: Any, **job: Any) -> None:
         raise ConfigError(f"the cluster does not take the job: {_last_line(str(error))}") from error
 
 
+class NobodyReads(Exception):
+    """What the log is shown to is closed: ``raylit submit ... | head`` has seen enough."""
+
+
 class Follower:
     """The log of one job, shown as it comes, once; and the job's end.
 
@@ -148,7 +152,10 @@ class Follower:
         self._lost_at: float | None = None
 
     def until_end(self) -> Any:
-        """Show the log until the job has ended; its JobDetails. :class:`Unreachable` after 120 s without an answer."""
+        """Show the log until the job has ended; its JobDetails.
+
+        :class:`Unreachable` after 120 s without an answer, :class:`NobodyReads` where what it is shown to was closed.
+        """
         return asyncio.run(self._until_end())
 
     async def _until_end(self) -> Any:
@@ -171,7 +178,7 @@ class Follower:
             new = text[max(0, self._shown - at) :]
             at += len(text)
             if new:
-                self._show(new)
+                self._tell(new)
                 self._shown = at
 
     async def _watch(self, tail: asyncio.Future[None]) -> Any:
@@ -183,6 +190,8 @@ class Follower:
                 await asyncio.wait({tail}, timeout=_FLUSH_S)
                 return details
             if tail.done():
+                if isinstance(tail.exception(), NobodyReads):
+                    raise NobodyReads
                 return None
 
     async def _details(self) -> Any:
@@ -212,8 +221,14 @@ class Follower:
             self._say(f"the end of the log could not be read: {_short(error)}")
             return
         if text[self._shown :]:
-            self._show(text[self._shown :])
+            self._tell(text[self._shown :])
             self._shown = len(text)
+
+    def _tell(self, text: str) -> None:
+        try:
+            self._show(text)
+        except BrokenPipeError:
+            raise NobodyReads from None
 
 
 def exit_code_of(details: Any, say: Say) -> int:

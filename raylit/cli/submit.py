@@ -30,7 +30,7 @@ from raylit.errors import ConfigError
 
 _USAGE = "raylit submit (--address URL | CLUSTER.yaml) [options] (SCRIPT.py | -m MODULE) [-- ARGUMENT ...]"
 _STOP_S = 30.0  # Ray gives a job 3 s to end, and then kills it
-_INTERRUPTED = 130  # as a shell says it of Ctrl-C
+_INTERRUPTED, _UNREAD = 130, 141  # as a shell says it of Ctrl-C, and of a program whose output is closed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +151,10 @@ def _followed(client: Any, job: str, target: Target) -> int:
     except jobs.Unreachable as error:
         _say(f"{error}", *_ways(target, job))
         return 2
+    except jobs.NobodyReads:
+        _say(f"nobody reads the log any longer; job {job} goes on", *_ways(target, job))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        return _UNREAD
     try:
         if not _wants_to_stop():
             _say(f"job {job} goes on", *_ways(target, job))
@@ -160,7 +164,7 @@ def _followed(client: Any, job: str, target: Target) -> int:
         jobs.exit_code_of(follower.until_end(), _say)
     except KeyboardInterrupt:
         _say(f"job {job} may go on", *_ways(target, job))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, jobs.NobodyReads) as error:
         _say(f"job {job} may go on, it could not be asked to stop: {error}", *_ways(target, job))
     return _INTERRUPTED
 

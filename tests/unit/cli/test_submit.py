@@ -518,6 +518,21 @@ def test_ctrl_c_without_a_terminal_leaves_the_job(head: JobsServer) -> None:
     assert head.stopped == []
 
 
+def test_a_log_that_nobody_reads_any_longer(head: JobsServer) -> None:
+    head.running.set()
+    process = subprocess.Popen(
+        [*COMMAND, "--address", head.url, "--name", "mine", "main.py"], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "hello\n"
+    process.stdout.close()
+    head.log += "more\n" * 3
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 141
+    assert "job mine goes on" in told and "Traceback" not in told and "BrokenPipe" not in told
+    assert head.stopped == []
+
+
 def test_ctrl_c_before_anything_was_submitted(place: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
