@@ -108,9 +108,9 @@ def _wait_for_room(scaling: ray.train.ScalingConfig, say: Callable[[str], None],
         pass  # it is there; Ray Train takes it in a moment
 
 
-def stored(job: Job) -> Job:
-    """Put a large payload into Ray's object store; a small one travels with the call."""
-    if len(job.payload) <= _LARGE_PAYLOAD_BYTES:
+def stored(job: Job, calls: int = 1) -> Job:
+    """Put a large payload into Ray's object store, once; a small one travels with each of so many calls."""
+    if calls * len(job.payload) <= _LARGE_PAYLOAD_BYTES:
         return job
     import ray
 

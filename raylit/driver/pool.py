@@ -73,7 +73,7 @@ def launch_pooled(
         sent = dataclasses.replace(job, channel=channel.address if channel else None)
         try:
             pool = _ready(key, asked, runtime_env, say, start_timeout_s)
-            sent = stored(sent)
+            sent = stored(sent, calls=num_workers)
             refs = [
                 actor.run.remote(sent, world, worker_main)
                 for actor, world in zip(pool.actors, pool.worlds, strict=True)
@@ -191,7 +191,9 @@ def _await(refs: list[Any]) -> bytes:
     pending, errors = list(refs), dict[int, BaseException]()
     while pending and not errors:
         done, pending = ray.wait(pending, num_returns=1, timeout=1.0)
-        for ref in done:
+        # Of many workers most end at the same time: one look for each of 1,000 takes as long as a second.
+        also, pending = ray.wait(pending, num_returns=len(pending), timeout=0) if done and pending else ([], pending)
+        for ref in done + also:
             try:
                 ray.get(ref)
             except Exception as raised:

@@ -7,6 +7,8 @@ import os
 import pytest
 
 from raylit.driver import cluster
+from raylit.driver.launch import stored
+from raylit.wire import Job
 
 INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 
@@ -23,3 +25,12 @@ def test_an_interval_that_a_person_set_stays(ray_session: None, monkeypatch: pyt
     with cluster.run_settings(1000):
         assert os.environ[INTERVAL] == "5"
     assert os.environ[INTERVAL] == "5"
+
+
+def test_what_many_calls_would_carry_lies_in_the_object_store_once(ray_session: None) -> None:
+    import ray
+
+    job = Job("validate", payload=b"x" * 2000)
+    assert stored(job) == stored(job, calls=500) == job
+    shared = stored(job, calls=1000)
+    assert shared.payload == b"" and ray.get(shared.payload_ref) == job.payload
