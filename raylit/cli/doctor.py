@@ -48,13 +48,18 @@ def run(address: str | None, storage: str | None, workers: int | None, timeout_s
 
     try:
         report = examine(storage, workers, joined=joined, answer_s=timeout_s, say=_say)
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"the cluster went away: {(str(error).splitlines() or ['no reason given'])[0]}") from None
+    except KeyboardInterrupt:
+        print("raylit doctor: interrupted", file=sys.stderr)
+        return 130
     finally:
         _say("")
         ray.shutdown()
     if as_json:
         print(json.dumps(report.as_json(), indent=2))
     else:
-        _print(report)
+        show(report)
     return report.exit_code
 
 
@@ -64,7 +69,8 @@ def _say(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _print(report: Report) -> None:
+def show(report: Report) -> None:
+    """Print the table, its remedies below what was found, and the summary."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -31,8 +31,18 @@ def join(address: str | None) -> bool:
     named = address or os.environ.get("RAY_ADDRESS") or ""
     if named and named not in ("auto", "local"):
         _must_answer(named)
-        if is_refused(named):
+        refused, said = _outcome(_status(named, dict(os.environ)))
+        if refused:
             raise ConfigError(_wrong_token(named))
+        if refused is None and "version mismatch" in said:
+            raise ConfigError(
+                f"{named}: {said}; install the cluster's version here, or run this on one of its machines"
+            )
+        if refused is None:  # Ray's own connecting would wait for ever
+            raise ConfigError(
+                f"what answers at {named} is no head of Ray {_ray_version()}; give HOST:PORT of its GCS, usually "
+                "port 6379"
+            )
     if address:
         os.environ["RAY_ADDRESS"] = address
     with _hushed() as told:
@@ -58,14 +68,9 @@ class Stranger:
     def is_refused(self) -> bool | None:
         """Wait for the answer; None where it is neither a yes nor a no."""
         try:
-            return _outcome(self._asking)
+            return _outcome(self._asking)[0]
         finally:
             self._home.cleanup()
-
-
-def is_refused(address: str) -> bool:
-    """Ask for the cluster's status with the token that this process has."""
-    return _outcome(_status(address, dict(os.environ))) is True
 
 
 def _status(address: str, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -74,15 +79,17 @@ def _status(address: str, environment: dict[str, str]) -> subprocess.Popen[str]:
                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
-def _outcome(asking: subprocess.Popen[str]) -> bool | None:
+def _outcome(asking: subprocess.Popen[str]) -> tuple[bool | None, str]:
+    """Whether it was refused, None where it failed in another way; and the last line of what it said."""
     try:
         said, _ = asking.communicate(timeout=_STATUS_S)
     except subprocess.TimeoutExpired:
         asking.kill()
         said, _ = asking.communicate()
+    last = (said.strip().splitlines() or [""])[-1].removeprefix("RuntimeError: ")
     if any(word in said for word in _REFUSED):
-        return True
-    return False if asking.returncode == 0 else None
+        return True, last
+    return (False if asking.returncode == 0 else None), last
 
 
 def _must_answer(address: str) -> None:
@@ -104,6 +111,12 @@ def _must_answer(address: str) -> None:
         raise ConfigError(
             f"nobody answers at {address} ({reason}); is Ray running on the head, and its port open to this machine?"
         ) from None
+
+
+def _ray_version() -> str:
+    import ray
+
+    return str(ray.__version__)
 
 
 def _wrong_token(address: str) -> str:

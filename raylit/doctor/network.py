@@ -70,7 +70,7 @@ def open_ports(services: Sequence[Service] | None, asks: bool | None, nodes: int
     """Which of Ray's own ports others can use. ``services``: those of the head, None where they cannot be listed."""
     if services is None:
         remedy = "keep the ports of dashboard, GCS and client (8265, 6379, 10001) from other networks"
-        return [yellow("open ports", CLUSTER, "cannot be listed on this system", remedy)]
+        return [yellow("open ports", CLUSTER, "cannot be listed: the head did not answer, or is no Linux", remedy)]
     return [_service(service, asks, nodes) for service in services]
 
 

@@ -85,6 +85,8 @@ def check_storage(
     default; or ``actors`` that are there already. ``within_s``: for each of writing, reading and removing; a node that
     takes longer has a fault. Ray must be initialised. Raises nothing for a storage that is bad: the report says so.
     """
+    if filesystem is None and "://" not in storage:
+        storage = os.path.abspath(os.path.expanduser(storage))  # as it reads here: other nodes have other homes
     with contextlib.ExitStack() as stack:
         if actors is None:
             actors = stack.enter_context(NodeActors(alive_nodes() if nodes is None else nodes))

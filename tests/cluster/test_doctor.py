@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
-from tests.cluster.hosts import environment_of, may_hide_folders
+from tests.cluster.apart import may_make_networks, network
+from tests.cluster.hosts import ALERT, ROOT, environment_of, may_hide_folders
 from tests.cluster.wrong import Rows, WrongCluster, cluster_of, doctor, fake_nvidia_smi, pythonpath
 
 pytestmark = [
@@ -137,6 +140,14 @@ def test_a_wrong_token_and_none_are_told_in_one_line(examined: Examined) -> None
         assert f"{examined.cluster.address} refuses this machine" in done.stderr and words in done.stderr
 
 
+def test_another_ray_here_than_there_is_told_in_one_line(examined: Examined, tmp_path: Path) -> None:
+    """Ray refuses such a connection, so nothing can be examined from here; both sides are named."""
+    (tmp_path / "sitecustomize.py").write_text("import ray\nray.__version__ = '2.59.9'\n")
+    done = examined.cluster.doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "version mismatch" in done.stderr and "2.59.9" in done.stderr and ray.__version__ in done.stderr
+
+
 def test_a_cluster_that_is_open_and_has_a_silent_node(tmp_path: Path) -> None:
     """No token, a dashboard for everybody, drivers that differ, a storage that cannot be written; then a node hangs."""
     if not may_hide_folders():
@@ -184,6 +195,48 @@ def test_a_cluster_that_is_open_and_has_a_silent_node(tmp_path: Path) -> None:
         assert rows.report["figures"]["all_reduce_workers"] == 2
 
 
+def test_hosts_that_do_not_reach_each_other(tmp_path: Path) -> None:
+    """Three hosts with networks of their own: all is well; two that lose each other's packets; names that mislead."""
+    if not may_make_networks():
+        pytest.skip("needs root, for network namespaces")
+    storage = tmp_path / "runs"
+    storage.mkdir()
+    with network(2) as wire, environment_of(**ALERT) as environment:
+        head, one, other = wire.addresses
+        # What a host's own name resolves to is the machine's here, so gloo has to be told where to listen.
+        told = {host: ["env", f"GLOO_SOCKET_IFNAME={name}"] for host, name in ((one, "eth0"), (other, "eth0"))}
+        with WrongCluster({**environment, "GLOO_SOCKET_IFNAME": wire.bridge}, at=head) as cluster:
+            for host in (one, other):
+                cluster.join_inside([*wire.inside(host), *told[host]], address=host)
+            rows = Rows(cluster.doctor("--json", "--storage", str(storage)))
+            assert rows.verdicts("connections") == {head: "green", one: "green", other: "green"}
+            assert rows.report["figures"]["all_reduce_workers"] == 3
+            # Another host tries the head's ports over the wire, without the token.
+            assert set(rows.verdicts("open ports").values()) == {"green"}
+
+            wire.cut(one, other)
+            rows = Rows(cluster.doctor("--json", "--storage", str(storage)))
+            assert rows.verdicts("connections") == {head: "green", one: "red", other: "red"}
+            for here, there in ((one, other), (other, one)):
+                value = rows.of("connections", here)["value"]
+                assert f"({there}) at {there}:" in value and "(no answer within 3 s)" in value
+            failed = rows.of("all-reduce")
+            assert failed["verdict"] == "red" and "rank " in failed["value"] and "firewall" in failed["remedy"]
+            assert f"({other}) at {other}:" in failed["value"]
+            assert rows.report["seconds"] < 120 and rows.code == 1
+            wire.mend(one, other)
+
+            for host in (one, other):
+                cluster.lose(host)
+            for host in (one, other):
+                cluster.join_inside([*wire.inside(host), "env", "GLOO_SOCKET_IFNAME="], address=host)
+            cluster.wait_for_nodes(3)
+            rows = Rows(cluster.doctor("--json", "--storage", str(storage)))
+            assert set(rows.verdicts("connections").values()) == {"green"}
+            failed = rows.of("all-reduce")
+            assert failed["verdict"] == "red" and "GLOO_SOCKET_IFNAME" in failed["remedy"]
+
+
 def test_this_machine_alone(tmp_path: Path) -> None:
     with environment_of() as environment:
         environment |= {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
@@ -199,6 +252,14 @@ def test_this_machine_alone(tmp_path: Path) -> None:
     assert rows.of("open ports")["verdict"] == "yellow" and rows.of("open ports")["value"].startswith("GCS on ")
     assert rows.report["figures"]["all_reduce_workers"] == 2
     assert not (tmp_path / "ray_results").exists()
+
+
+def test_something_else_that_listens_there_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, environment_of() as environment:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        done = doctor(environment, "--json", "--address", address)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"what answers at {address} is no head of Ray" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,16 @@ RAYLIT = Path(sys.executable).with_name("raylit")
 class WrongCluster(Cluster):
     """A cluster whose members may be started inside something: ``env``, ``unshare``, ``ip netns exec``.
 
-    ``open_dashboard``: whether the head's dashboard listens on every address.
+    ``open_dashboard``: whether the head's dashboard listens on every address. ``at``: the head's own address.
     """
 
-    def __init__(self, environment: dict[str, str], *, open_dashboard: bool = False, head: Sequence[str] = ()) -> None:
+    def __init__(self, environment: dict[str, str], *, open_dashboard: bool = False, at: str | None = None) -> None:
         super().__init__(environment, dashboard=open_dashboard)
         if open_dashboard:
             self._head.append("--dashboard-host=0.0.0.0")
-        self._head += head
+        if at is not None:
+            self.address = f"{at}:{self.address.rpartition(':')[2]}"
+            self._head.append(f"--node-ip-address={at}")  # the last one counts
 
     def join_inside(self, inside: Sequence[str], *, address: str | None = None, more: Sequence[str] = ()) -> str:
         """Start a member inside ``inside``, at an address of its own; return the address."""
@@ -33,6 +35,16 @@ class WrongCluster(Cluster):
         options = [f"--address={self.address}", f"--node-ip-address={own}", f"--temp-dir={self.folder(own)}", *more]
         self.members[own] = self._start(options, inside)
         return own
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Wait until Ray lists so many nodes as alive: it takes some seconds to notice that one is lost."""
+        code = (
+            "import ray, sys, time; ray.init(log_to_driver=False); until = time.monotonic() + 120\n"
+            "while sum(n['Alive'] for n in ray.nodes()) != int(sys.argv[1]):\n"
+            "    assert time.monotonic() < until, ray.nodes(); time.sleep(0.2)\n"
+        )
+        command = [sys.executable, "-c", code, str(count)]
+        subprocess.run(command, env=self.driver_environment, cwd="/tmp", check=True, capture_output=True, timeout=200)
 
     def folder(self, member: str) -> Path:
         """A member's temp folder for Ray."""

@@ -159,8 +159,8 @@ def test_swap(total: int | None, free: int | None, verdict: Verdict) -> None:
 
 @pytest.mark.parametrize(
     ("ray_cpus", "count", "quota", "verdict"),
-    [(8.0, 8, None, GREEN), (0.0, 8, None, GREEN), (4.0, 64, 4.0, GREEN), (64.0, 64, 4.0, YELLOW), (16.0, 8, None, YELLOW),
-     (1.0, 64, 0.5, YELLOW)],
+    [(8.0, 8, None, GREEN), (0.0, 8, None, GREEN), (4.0, 64, 4.0, GREEN), (64.0, 64, 4.0, YELLOW),
+     (16.0, 8, None, YELLOW), (1.0, 64, 0.5, YELLOW)],
 )  # fmt: skip
 def test_cpus(ray_cpus: float, count: int, quota: float | None, verdict: Verdict) -> None:
     row = judge.cpus("a", ray_cpus, {"count": count, "quota": quota})

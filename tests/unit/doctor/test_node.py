@@ -15,7 +15,6 @@ import torch
 
 import raylit
 from raylit.doctor import judge, node
-from raylit.doctor.report import Verdict
 from raylit.driver.each_node import shipped
 
 
@@ -82,8 +81,8 @@ def test_who_reaches_whom() -> None:
     port = node.listen(kept, b"a" * 16, "127.0.0.1")
     try:
         gone = closed_port()
-        found = node.reach({}, {"right": ("127.0.0.1", port, b"a" * 16), "any": ("127.0.0.1", port, None),
-                                "other": ("127.0.0.1", port, b"b" * 16), "gone": ("127.0.0.1", gone, None)})  # fmt: skip
+        targets = {"right": (port, b"a" * 16), "any": (port, None), "other": (port, b"b" * 16), "gone": (gone, None)}
+        found = node.reach({}, {name: ("127.0.0.1", *target) for name, target in targets.items()})
     finally:
         kept["listener"].close()
     assert found == {"other": "something else answers there", "gone": "connection refused"}
@@ -103,7 +102,7 @@ def test_only_listeners_of_this_cluster_are_listed() -> None:
 
 
 def test_what_is_shipped_needs_no_raylit(tmp_path) -> None:
-    """A node on which raylit is missing, or another one, is a node to tell about: nothing is looked up by name there."""
+    """A node on which raylit is missing, or another one, is a node to tell about: no name is looked up there."""
     import subprocess
 
     payload = tmp_path / "payload"

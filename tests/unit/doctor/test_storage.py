@@ -1,4 +1,4 @@
-"""The check of the storage: what each node does, and what is made of it. Nodes are threads here, with folders of theirs."""
+"""The check of the storage: what each node does, and what is made of it. Nodes are objects here, with own folders."""
 
 from __future__ import annotations
 
@@ -148,6 +148,12 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert report.left == "a (10.0.0.1): Permission denied"
     (row,) = [row for row in storage_rows(report) if row.check == "storage removal"]
     assert row.verdict is RED and "Permission denied" in row.value
+
+
+def test_a_relative_path_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = check_storage("runs", actors=Nodes({"a": str(tmp_path)}))  # type: ignore[arg-type]
+    assert report.storage == str(tmp_path / "runs")
 
 
 def test_many_nodes_do_not_read_each_others_files_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
