@@ -1,7 +1,7 @@
-"""Knock at every port of a host without the token: ``python knock.py ADDRESS``, from another host; prints JSON.
+"""Knock at ports of a host without the token: ``python knock.py ADDRESS PORT...``, from another host; prints JSON.
 
-For each port that answers: which gRPC methods of Ray's were carried out, and which HTTP requests. A method counts as
-carried out if its answer is anything but "unauthenticated" or "no such method here".
+For each port that can be reached: which gRPC methods of Ray's were carried out, and which HTTP requests. A method
+counts as carried out if its answer is anything but "unauthenticated" or "no such method here".
 """
 
 from __future__ import annotations
@@ -43,20 +43,14 @@ def methods() -> list[str]:
     return sorted(found)
 
 
-async def listening(address: str) -> list[int]:
-    """The ports of a host that take a connection."""
-    some = asyncio.Semaphore(500)
-
-    async def reach(port: int) -> int | None:
-        async with some:
-            try:
-                _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 5)
-            except (OSError, asyncio.TimeoutError):
-                return None
-            writer.close()
-            return port
-
-    return [port for port in await asyncio.gather(*map(reach, range(1, 65536))) if port is not None]
+async def reached(address: str, port: int) -> bool:
+    """Whether a connection is taken."""
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 10)
+    except (OSError, asyncio.TimeoutError):
+        return False
+    writer.close()
+    return True
 
 
 async def grpc_answers(address: str, port: int, names: list[str]) -> dict[str, str] | None:
@@ -102,17 +96,19 @@ async def knock(address: str, port: int, names: list[str]) -> dict[str, Any]:
     )
     return {
         "grpc": {name: said for name, said in (spoken or {}).items() if said not in REFUSED},
-        "grpc_refused": sum(said == "UNAUTHENTICATED" for said in (spoken or {}).values()),
+        "grpc_refused": [name for name, said in (spoken or {}).items() if said == "UNAUTHENTICATED"],
         "http": {name: said for name, said in asked.items() if said[0] not in (401, 403)},
         "http_refused": sum(said[0] in (401, 403) for said in asked.values()),
     }
 
 
-async def main(address: str) -> None:
-    ports, names = await listening(address), methods()
+async def main(address: str, ports: list[int]) -> None:
+    names = methods()
+    there = await asyncio.gather(*(reached(address, port) for port in ports))
+    ports = [port for port, is_there in zip(ports, there) if is_there]
     answers = await asyncio.gather(*(knock(address, port, names) for port in ports))
     print(json.dumps(dict(zip(ports, answers, strict=True))))
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(sys.argv[1], [int(word) for word in sys.argv[2:]]))

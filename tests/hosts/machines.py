@@ -16,7 +16,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,10 +29,11 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "10.77.13"  # nobody outside the switch sees it: the hosts have no way out
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOME, SHARED = "/home/person", "/mnt/shared"
 _TOOLS = {
-    "ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "ssh": "openssh-client",
-    "ssh-keygen": "openssh-client", "/usr/sbin/sshd": "openssh-server", "rsync": "rsync",
+    "ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "rsync": "rsync",
+    "ssh": "openssh-client", "ssh-keygen": "openssh-client", "/usr/sbin/sshd": "openssh-server",
 }  # fmt: skip
 # A host's first process. It reaps what others leave, as any init does.
 _BOOT = """
@@ -132,14 +132,13 @@ class Host:
         script = _BOOT.format(name=self.name, kept=kept, root=ROOT, clone=self._lab.clone, shm="3g", home=HOME,
                               folder=self.folder, shared=self._lab.shared)  # fmt: skip
         # Nothing outlives this process, however it ends.
-        self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--uts", "--ipc", "--pid", "--net", "--fork",
-             "--kill-child", "--mount-proc", "bash", "-c", script],
-            stdin=subprocess.DEVNULL, stdout=open(self.folder / "console", "ab"), stderr=subprocess.STDOUT,
-            env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
-        )  # fmt: skip
-        wait_for(lambda: self._process.poll() is not None or psutil.Process(self._process.pid).children(), "a first process")
-        self._alive()
+        with open(self.folder / "console", "ab") as console:
+            self._process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--uts", "--ipc", "--pid", "--net", "--fork",
+                 "--kill-child", "--mount-proc", "bash", "-c", script],
+                stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, env={"PATH": _PATH},
+            )  # fmt: skip
+        wait_for(lambda: self._alive() and psutil.Process(self._process.pid).children(), f"{self.name} is on")
         self._first = psutil.Process(self._process.pid).children()[0].pid
         self._lab.plug(self._port, self._first)
         inside = ["nsenter", f"--net=/proc/{self._first}/ns/net", "ip"]
@@ -179,13 +178,13 @@ class Host:
         """What runs a shell command on the host as a person there would, at a terminal."""
         inside = ["nsenter", "--target", str(self._first), "--mount", "--uts", "--ipc", "--pid", "--net"]
         environment = ["env", "-i", f"HOME={HOME}", "USER=root", "LOGNAME=root", "TERM=dumb", "LANG=C.UTF-8",
-                       "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]  # fmt: skip
+                       f"PATH={_PATH}"]  # fmt: skip
         return [*inside, *environment, "bash", "-c", f"cd; . ~/.bashrc; {command}"]
 
-    def run(self, command: str, check: bool = True, timeout: float = 300, **more: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a shell command there; its output, both kinds in one, is in ``stdout``. Raises where it fails."""
         ran = subprocess.run(self.command(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True, errors="replace", timeout=timeout, **more)  # fmt: skip
+                             stderr=subprocess.STDOUT, text=True, errors="replace", timeout=timeout)  # fmt: skip
         if check and ran.returncode != 0:
             raise AssertionError(f"on {self.name}: {command}\nended with {ran.returncode}:\n{ran.stdout}")
         return ran
@@ -207,6 +206,16 @@ class Host:
                     if words and not own and "/usr/sbin/sshd" not in words[0]:
                         found.append(" ".join(words))
         return found
+
+    def listening(self) -> list[int]:
+        """The TCP ports that somebody there listens on, on any of its addresses."""
+        found = set()
+        for table in ("tcp", "tcp6"):
+            for row in Path(f"/proc/{self._first}/net/{table}").read_text().splitlines()[1:]:
+                _, local, _, state = row.split()[:4]
+                if state == "0A":
+                    found.add(int(local.rsplit(":", 1)[1], 16))
+        return sorted(found)
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
         """Put a file into its home folder."""
@@ -310,9 +319,3 @@ def lab(hosts: Sequence[tuple[str, int]]) -> Iterator[Lab]:
     finally:
         made.close()
 
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
