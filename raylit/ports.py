@@ -171,6 +171,13 @@ class RunSnapshot:
     own: dict[str, Any]  # what is this rank's alone; docs/checkpoints.md
 
 
+class RunStopped(BaseException):
+    """Nobody has use for this run any more. A ``Checkpointer`` raises it, on every rank, where the run is to end.
+
+    No error: ``on_exception`` is not called, and ``teardown`` is.
+    """
+
+
 class Checkpointer(Protocol):
     """Decides when checkpoints are kept, and keeps them (worker side). Every rank asks it, at the same points."""
 
@@ -179,7 +186,7 @@ class Checkpointer(Protocol):
 
         Called after each batch: the common answer, that nothing is due, must come at once and without a collective.
         After ``PREEMPTION`` it returns once the state is written: soon there may be nobody left to write it. False
-        where that failed, on every rank.
+        where that failed, on every rank. Raises RunStopped.
         """
         ...
 

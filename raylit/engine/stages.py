@@ -27,7 +27,7 @@ from raylit.engine.resume import take_weights
 from raylit.errors import DataError, HookError
 from raylit.hooks import DATAMODULE_HOOKS, adapt
 from raylit.metrics.place import NO_EPOCH
-from raylit.ports import RunSnapshot
+from raylit.ports import RunSnapshot, RunStopped
 from raylit.stage import Loop, Stage, Status
 
 _LOOP = {Stage.VALIDATE: Loop.VALIDATION, Stage.TEST: Loop.TEST, Stage.PREDICT: Loop.PREDICT}
@@ -73,6 +73,11 @@ def run_stage(parts: Parts, stage: Stage) -> StageResult:
     except WorkersChange:
         state.status = Status.INTERRUPTED
         parts.metrics.clear()
+        raise
+    except RunStopped:
+        state.status = Status.INTERRUPTED
+        parts.metrics.clear()
+        _teardown(parts, stage)  # the process goes on with something else
         raise
     except BaseException as error:
         state.status = Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED

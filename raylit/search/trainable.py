@@ -33,6 +33,7 @@ class TrialSteps:
         self._spec: TrialSpec = cloudpickle.loads(payload)
         self._place, self._folder = place, storage
         self._group: Any = None
+        self._before: Any = None  # the run of the trial before, as long as it has not ended
         self._begin(config)
 
     def _begin(self, config: dict[str, Any]) -> None:
@@ -52,6 +53,7 @@ class TrialSteps:
         return {**report.metrics, **told, **ends}
 
     def _started(self) -> Any:
+        self._end_the_one_before()
         folder = f"{self._folder.rstrip('/')}/{self.trial_id}"
         if self._spec.workers == 1:
             return TrialRun(self._spec, self._config, World(), folder, self._saved)
@@ -99,16 +101,26 @@ class TrialSteps:
         super().restore(checkpoint_path)  # type: ignore[misc]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Become another trial, in the process of the one before."""
-        self._end()
+        """Become another trial, in the process of the one before.
+
+        That one ends when this one takes its first step, which its end may delay, and its process with it. Tune counts
+        a step that fails as one of the failures that a trial may have; after a failure here it tries no more.
+        """
+        self._before, self._run = self._run or self._before, None
         self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
         """End the fit; its loggers are closed."""
         self._end()
+        self._end_the_one_before()
         if self._group is not None:
             self._group.kill()
+
+    def _end_the_one_before(self) -> None:
+        if self._before is not None:
+            self._before.stop()
+            self._before = None
 
     def _end(self) -> None:
         if self._run is not None:

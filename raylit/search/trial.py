@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from raylit.checkpoint.ranks import file_name, read_ranks
 from raylit.config.trainer import TrainerConfig
 from raylit.driver.runs import joined_callbacks
 from raylit.module import Module
-from raylit.ports import RunSnapshot
+from raylit.ports import RunSnapshot, RunStopped
 from raylit.search.space import built_datamodule, built_module, fit_config, split
 from raylit.seed import get_random_state, set_random_state
 from raylit.stage import SafePoint, Stage
@@ -51,7 +52,7 @@ class Report:
     metrics: dict[str, float]
     epoch: int  # epochs finished
     step: int
-    done: bool = False  # the fit is over; its end's checkpoint can still be taken
+    done: bool = False  # the fit is over, all of its hooks have run; its end's checkpoint can still be taken
 
 
 @dataclass
@@ -66,10 +67,6 @@ class Saved:
         """Read a checkpoint's folder."""
         common = read(folder)
         return cls(common, read_ranks(folder, common))
-
-
-class TrialStopped(BaseException):
-    """The search has no more use for this trial. Raised in the fit at the point where it waits."""
 
 
 class TrialRun:
@@ -92,6 +89,7 @@ class TrialRun:
         self._thread: threading.Thread | None = None
         self._take: Callable[[], RunSnapshot] | None = None
         self._last: Report | None = None
+        self._end: Report | None = None
 
     def next(self) -> Report:
         """Go on to the next report. Raises what the Module raised."""
@@ -101,8 +99,9 @@ class TrialRun:
         else:
             self._go.put(True)
         event = self._events.get()
-        if isinstance(event, BaseException):
+        if isinstance(event, BaseException) or event.done:
             self._thread.join()
+        if isinstance(event, BaseException):
             raise event
         self._last = event
         return event
@@ -122,20 +121,26 @@ class TrialRun:
             write(own, folder, file_name(self._world.global_rank))
 
     def stop(self) -> None:
-        """End the fit where it waits, and wait for its end: loggers are closed then."""
+        """End the fit where it waits, and wait for its end: loggers are closed and ``teardown`` has run then."""
         if self._thread is not None and self._thread.is_alive():
             self._go.put(False)
             self._thread.join()
+            if not self._events.empty():  # the search has this trial's numbers, and nobody waits for more
+                error = self._events.get()
+                warnings.warn(f"a trial that was stopped raised at its end: {error!r}", stacklevel=2)
         self._thread = self._take = None
 
     # -- in the thread -------------------------------------------------------------------------------------------
     def _run(self) -> None:
         try:
             self._fit()
-        except TrialStopped:
+        except RunStopped:
             return
         except BaseException as error:
             self._events.put(error)
+        else:
+            assert self._end is not None  # the engine has come by the end's safe point
+            self._events.put(self._end)
 
     def _fit(self) -> None:
         spec, parts = self._spec, split(self._config)
@@ -165,8 +170,13 @@ class TrialRun:
         self._take = take
         self._events.put(report)
         if not self._go.get():
-            raise TrialStopped
+            raise RunStopped
         self._take = None
+
+    def end_with(self, report: Report, take: Callable[[], RunSnapshot]) -> None:
+        """Give the last report once the fit has come to its end, with ``teardown`` and ``on_fit_end``."""
+        snapshot = take()
+        self._end, self._take = report, lambda: snapshot
 
 
 class _Hands:
@@ -190,7 +200,8 @@ class _Hands:
         done = point is SafePoint.END
         self._told = (state.epoch, state.global_step)
         measured = {name: float(value) for name, value in state.callback_metrics.items()}
-        self._trial.hand_over(Report(measured, state.epoch, state.global_step, done), take)
+        report = Report(measured, state.epoch, state.global_step, done)
+        (self._trial.end_with if done else self._trial.hand_over)(report, take)
         return True
 
     def _is_the_last(self) -> bool:

@@ -170,6 +170,24 @@ def test_a_worker_that_dies_between_two_trials_costs_neither(tmp_path: Path) -> 
     assert len(pids[0]) == len(pids[1]) == 2  # the other one's place is in a group that is gone
 
 
+class EndsBadly(Net):
+    """One trial's end takes the process with it."""
+
+    def teardown(self, stage: str) -> None:
+        if self.hparams.lr == 0.01:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_end_of_a_stopped_trial_that_kills_its_process_is_not_the_end_of_the_next_one(tmp_path: Path) -> None:
+    """Which has the process by then: to lose it is one of the failures that it may have."""
+    results = raylit.Tuner(
+        EndsBadly, param_space={"lr": tune.grid_search([0.01, 0.05, 0.02, 0.03])}, datamodule=Data(), dry_run=False,
+        trainer=trainer(1, storage_path=str(tmp_path), name="search", max_failures=1),
+        run_config=tune.RunConfig(stop={"epoch": 2}),
+    ).fit()  # fmt: skip
+    assert not results.errors and [result.metrics["epoch"] for result in results] == [2, 2, 2, 2]
+
+
 def test_a_killed_trial_goes_on_to_the_bit(tmp_path: Path) -> None:
     """With FailureConfig; the mark is not a hyperparameter that training depends on."""
     torch.manual_seed(5)

@@ -209,3 +209,65 @@ def test_trials_do_not_share_callbacks() -> None:
     first.stop()
     second.stop()
     assert [each.metrics for each in one] == [each.metrics for each in two]
+
+
+EVENTS: list[str] = []
+
+
+class Told(Net):
+    """Says which of the hooks around a fit have run."""
+
+    def on_train_end(self) -> None:
+        EVENTS.append("on_train_end")
+
+    def teardown(self, stage: str) -> None:
+        EVENTS.append(f"teardown {stage}")
+
+    def on_fit_end(self) -> None:
+        EVENTS.append("on_fit_end")
+
+
+class Hears(raylit.Callback):
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        EVENTS.append("on_exception")
+
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        EVENTS.append(f"callback {stage}")
+
+
+def told(**hooks: Any) -> TrialRun:
+    EVENTS.clear()
+    made = spec(callbacks=[Hears()])
+    made.module_class = type("Told", (Told,), hooks)
+    return TrialRun(made, {})
+
+
+def test_a_trial_that_is_done_has_run_all_hooks_of_a_fit(tmp_path: Path) -> None:
+    trial = told()
+    ran(trial)
+    expected = ["on_train_end", "callback fit", "teardown fit", "on_fit_end"]
+    assert EVENTS == expected
+    trial.save(str(tmp_path))  # its end can be taken still
+    assert Saved.of(str(tmp_path)).common["epoch"] == 3
+    trial.stop()
+    assert EVENTS == expected
+
+
+def test_a_trial_that_is_stopped_is_torn_down_and_no_error() -> None:
+    trial = told()
+    trial.next()
+    trial.stop()
+    assert EVENTS == ["callback fit", "teardown fit"]
+
+
+def _raises(self: Any, *given: Any) -> None:
+    raise OSError("no connection")
+
+
+def test_what_is_raised_at_the_end_is_told() -> None:
+    with pytest.raises(OSError, match="no connection"):
+        ran(told(on_fit_end=_raises))
+    stopped = told(teardown=_raises)
+    stopped.next()
+    with pytest.warns(UserWarning, match=r"a trial that was stopped raised at its end: OSError\('no connection'\)"):
+        stopped.stop()
