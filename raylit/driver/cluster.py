@@ -55,7 +55,8 @@ def connect(runtime_env: Mapping[str, Any] | None = None) -> bool:
     the job's own runtime environment (``raylit submit``, ``ray job submit --working-dir``) names one. In a notebook,
     and for a script in a home folder, nothing is shipped. ConfigError where the project is too large for it.
     """
-    import ray
+    with _quiet_of_lost_nodes():
+        import ray
 
     if ray.is_initialized():
         return False
@@ -124,6 +125,30 @@ def _importable_raylit() -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def _quiet_of_lost_nodes() -> Iterator[None]:
+    """Keep Ray from printing a page for each node that is lost; raylit has a line for it.
+
+    Ray reads the variable when it is imported: in a script that imports it before there is no help.
+    """
+    name = "RAY_DEDUP_LOGS_SKIP_REGEX"
+    if "ray" in sys.modules or name in os.environ:
+        yield
+        return
+    os.environ[name] = "^(The node with node id: \\w+ and address: .* has been marked dead|Raylet is terminated)"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def alive() -> set[str]:
+    """The addresses of the nodes that Ray hears of."""
+    import ray
+
+    return {str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
 
 
 def connected() -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -267,7 +267,8 @@ def as_callers_error(raised: BaseException, workers: Mapping[int, tuple[str, int
             other: BaseException = next(iter(failed.values()), raised)
             return other
         taken = any(getattr(_death(e), "preempted", False) for e in lost.values())
-        return _preempted(lost_error(lost, workers)) if taken else lost_error(lost, workers)
+        error = lost_error(lost, workers, cluster.alive())
+        return _preempted(error) if taken else error
     cause: BaseException = raised.controller_failure if isinstance(raised, ControllerError) else raised
     if isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
         cause = cause.cause
@@ -342,17 +343,26 @@ def stalled_error(
     return error
 
 
-def lost_error(lost: Mapping[int, BaseException], workers: Mapping[int, tuple[str, int]]) -> WorkerLostError:
-    """Word the death of worker processes: rank, node and process where known, and Ray's reason in one line."""
-    rank = min(lost)
+def lost_error(
+    lost: Mapping[int, BaseException], workers: Mapping[int, tuple[str, int]], alive: Collection[str] | None = None
+) -> WorkerLostError:
+    """Word the death of worker processes: rank, node and process where known, and Ray's reason in one line.
+
+    ``alive``: the addresses of all nodes that Ray hears of, or None. A worker whose node is none of them was lost with
+    it; what Ray says of the process then depends on which of its calls was under way.
+    """
+    gone = [rank for rank in lost if rank in workers and alive is not None
+            and not any(f"({address})" in workers[rank][0] for address in alive)]  # fmt: skip
+    rank = min(gone or lost)
     who = f"worker {rank}"
     if rank in workers:
         who += f" on node {workers[rank][0]} (process {workers[rank][1]})"
     others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-    error = WorkerLostError(
-        f"{who}{others} died without an exception: {account_of(_death(lost[rank]) or lost[rank])}\n"
-        "Killed by the system (out of memory?), by a signal, or its node was lost. "
-        "max_failures=N starts such a run again, from its newest checkpoint."
-    )
+    if gone:
+        what = "was lost with its node, which Ray hears nothing of any more\nThe machine is off, or its network. "
+    else:
+        what = (f"died without an exception: {account_of(_death(lost[rank]) or lost[rank])}\n"
+                "Killed by the system (out of memory?), by a signal, or its node was lost. ")  # fmt: skip
+    error = WorkerLostError(f"{who}{others} {what}max_failures=N starts such a run again, from its newest checkpoint.")
     error.__dict__.update(raylit_rank=rank, raylit_node=workers[rank][0] if rank in workers else None)
     return error
