@@ -19,7 +19,7 @@ from raylit.search.trial import Report, Saved, TrialRun, TrialSpec
 from raylit.wire import Job, World
 from raylit.worker.entry import take_callers_place
 
-REPORTS_FILE = "reports.json"  # in a checkpoint: how many reports there were before it
+REPORTS_FILE = "reports.json"  # in a checkpoint: how many reports there were, and the step of the last one
 
 
 class TrialSteps:
@@ -40,14 +40,14 @@ class TrialSteps:
         self._config = dict(config)
         self._saved: Saved | None = None
         self._run: Any = None
-        self._reports = 0
+        self._reports, self._step = 0, 0
 
     def step(self) -> dict[str, Any]:
         """Train to the next report: its numbers, ``epoch`` (finished ones), ``step`` (of optimizers), ``finished``."""
         if self._run is None:
             self._run = self._started()
         report: Report = self._run.next()
-        self._reports += 1
+        self._reports, self._step = self._reports + 1, report.step
         ends = {"done": report.done, "finished": report.done}  # Tune sets the first itself where it stops a trial
         told = {"epoch": report.epoch, "step": report.step, "training_iteration": self._reports}
         return {**report.metrics, **told, **ends}
@@ -81,23 +81,26 @@ class TrialSteps:
             TrialRun(self._spec, self._config, saved=self._saved).save(checkpoint_dir)
         else:
             return
-        Path(checkpoint_dir, REPORTS_FILE).write_text(json.dumps(self._reports))
+        Path(checkpoint_dir, REPORTS_FILE).write_text(json.dumps({"reports": self._reports, "step": self._step}))
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Go on from a checkpoint's folder, with this trial's own configuration."""
         self._end()
         self._saved = Saved.of(checkpoint) if os.listdir(checkpoint) else None
-        self._reports = _reports_of(checkpoint) if self._saved is not None else 0
+        told = _reports_of(checkpoint) if self._saved is not None else {"reports": 0, "step": 0}
+        self._reports, self._step = told["reports"], told["step"]
 
     def restore(self, checkpoint_path: Any) -> None:
         """What Tune calls, with what ``save`` returned; it calls ``load_checkpoint``.
 
-        The checkpoint may be gone. Tune removes a trial's last one when it has the next, writes down afterwards which
-        one is there, and may be killed in between: then the newest one of the trial is what to go on from.
+        There may be a newer one, and this one gone: Tune removes a trial's last checkpoint when it has the next, writes
+        down afterwards which one is there, and may be killed in between.
         """
         checkpoint = getattr(checkpoint_path, "checkpoint", checkpoint_path)
-        if not isinstance(checkpoint, str) and not _exists(checkpoint):
-            checkpoint_path = next(_newest_first(checkpoint, self._spec.workers), checkpoint_path)
+        if not isinstance(checkpoint, str):
+            own = os.path.basename(os.path.dirname(checkpoint.path)) == self.trial_id  # and not a donor's
+            if own or not _exists(checkpoint):
+                checkpoint_path = next(_newer(checkpoint, self._spec.workers), checkpoint_path)
         super().restore(checkpoint_path)  # type: ignore[misc]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -128,8 +131,8 @@ class TrialSteps:
             self._run = None
 
 
-def _reports_of(folder: str) -> int:
-    return int(json.loads(Path(folder, REPORTS_FILE).read_text()))
+def _reports_of(folder: str) -> dict[str, int]:
+    return {name: int(value) for name, value in json.loads(Path(folder, REPORTS_FILE).read_text()).items()}
 
 
 def _exists(checkpoint: Any) -> bool:
@@ -139,18 +142,28 @@ def _exists(checkpoint: Any) -> bool:
     return there
 
 
-def _newest_first(gone: Any, workers: int) -> Iterator[Any]:
-    """The whole checkpoints beside one that is gone. Tune writes file by file: the newest may be half written."""
+def _newer(known: Any, workers: int) -> Iterator[Any]:
+    """The whole checkpoints beside a known one that are newer, or all where it is gone; the newest first."""
     import pyarrow.fs
     from ray import tune
 
-    folder = os.path.dirname(gone.path)
-    beside = gone.filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
-    for each in sorted((info.path for info in beside if info.base_name.startswith("checkpoint_")), reverse=True):
-        found = tune.Checkpoint(each, gone.filesystem)
+    folder, name = os.path.split(known.path)
+    least = name if _exists(known) else ""
+    beside = known.filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
+    names = (info.base_name for info in beside if info.base_name.startswith("checkpoint_"))
+    for each in sorted((name for name in names if name > least), reverse=True):
+        found = tune.Checkpoint(f"{folder}/{each}", known.filesystem)
         with contextlib.suppress(Exception), found.as_directory() as there:  # whatever a half-written file makes of it
-            if len(Saved.of(there).own) == workers and _reports_of(there) > 0:
+            if _is_whole(there, workers):
                 yield found
+
+
+def _is_whole(folder: str, workers: int) -> bool:
+    """Tell whether all files of a checkpoint are there, and of the same step: Tune may have been killed while it wrote
+    them one by one, in the place of another checkpoint's. Raises what cannot be read."""
+    saved, step = Saved.of(folder), _reports_of(folder)["step"]
+    steps = {saved.common["global_step"], *(own.get("step") for own in saved.own.values())}
+    return len(saved.own) == workers and steps == {step}
 
 
 def trainable(asked: Mapping[str, float], workers: int, **given: Any) -> Any:

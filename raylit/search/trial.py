@@ -88,7 +88,7 @@ class TrialRun:
         self._go: queue.Queue[bool] = queue.Queue()  # True: go on; False: stop
         self._thread: threading.Thread | None = None
         self._take: Callable[[], RunSnapshot] | None = None
-        self._last: Report | None = None
+        self._step = 0  # at the last report
         self._end: Report | None = None
 
     def next(self) -> Report:
@@ -103,14 +103,15 @@ class TrialRun:
             self._thread.join()
         if isinstance(event, BaseException):
             raise event
-        self._last = event
+        self._step = event.step
         return event
 
     def save(self, folder: str) -> None:
         """Write the state at the last report, or the one that it goes on from where there was none yet."""
         if self._take is not None:
             snapshot = self._take()
-            common, own = snapshot.common, snapshot.own
+            # The step tells files of one checkpoint from those of another: see trainable.py.
+            common, own = snapshot.common, {**snapshot.own, "step": self._step}
         elif self._saved is not None:
             common, own = self._saved.common, self._saved.own.get(self._world.global_rank, {})
         else:

@@ -64,33 +64,43 @@ def without_its_number(folder: Path) -> None:
     (folder / "reports.json").write_text("")
 
 
-@pytest.mark.parametrize("damage", [truncated, without_a_rank, without_its_number])
+def of_two_checkpoints(folder: Path) -> None:
+    shutil.copy(folder.with_name("checkpoint_000001") / "rank_00000.ckpt", folder)
+
+
+@pytest.mark.parametrize("damage", [truncated, without_a_rank, without_its_number, of_two_checkpoints])
 def test_a_checkpoint_that_is_gone_has_the_newest_whole_one_in_its_place(tmp_path: Path, damage: Any) -> None:
     first = steps(tmp_path)
     first.step()
     gone = saved(first, tmp_path, 0)
     first.step()
     saved(first, tmp_path, 1)
+    expected = first.step()
     damage(saved(first, tmp_path, 2))  # as a process leaves it that was killed while it wrote
-    expected = end_of(first)
+    first.cleanup()
     shutil.rmtree(gone)
     second = steps(tmp_path)
     second.restore(tune.Checkpoint(str(gone)))
-    report = second.step()
-    assert report == expected and report["training_iteration"] == REPORTS
+    assert second.step() == expected and expected["training_iteration"] == REPORTS
     second.cleanup()
 
 
-def test_a_checkpoint_that_is_there_is_the_one(tmp_path: Path) -> None:
+def test_a_newer_checkpoint_of_the_trial_is_the_one_and_none_of_a_donor(tmp_path: Path) -> None:
     first = steps(tmp_path)
     first.step()
-    there = saved(first, tmp_path, 0)
+    known = saved(first, tmp_path, 0)
     first.step()
     saved(first, tmp_path, 1)
-    expected = end_of(first)
+    first.cleanup()
     second = steps(tmp_path)
-    second.restore(tune.Checkpoint(str(there)))
-    assert second.step()["training_iteration"] == 2 and end_of(second) == expected
+    second.restore(tune.Checkpoint(str(known)))
+    assert second.step()["training_iteration"] == 3
+    second.cleanup()
+    clone = steps(tmp_path)
+    clone.trial_id = "clone"
+    clone.restore(tune.Checkpoint(str(known)))
+    assert clone.step()["training_iteration"] == 2
+    clone.cleanup()
 
 
 def test_where_no_checkpoint_is_left_tune_says_so(tmp_path: Path) -> None:
