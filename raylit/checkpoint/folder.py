@@ -13,8 +13,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 from raylit.uri import has_more_than_a_path, redacted
@@ -139,14 +140,24 @@ class Folder:
         return self._steadily(read)
 
     @contextlib.contextmanager
-    def fetched(self, name: str) -> Iterator[str]:
-        """Give one folder within this one as a folder of this machine: itself, or a copy that goes at the end."""
+    def fetched(self, name: str, files: Sequence[str] | None = None) -> Iterator[str]:
+        """Give one folder within this one as a folder of this machine: itself, or a copy that goes at the end.
+
+        ``files``: those that are needed; a copy has no others. None: all of them. OSError where one is not there.
+        """
         if self.local:
             yield os.path.join(self.path, name)
             return
         with tempfile.TemporaryDirectory(prefix="raylit-") as copy:
-            self._steadily(lambda: self._on.copy_to(name, copy))
+            if files is None:
+                self._steadily(lambda: self._on.copy_to(name, copy))
+            for file in files or ():
+                self._steadily(partial(self._copy, f"{name}/{file}", os.path.join(copy, file)))
             yield copy
+
+    def _copy(self, at: str, to: str) -> None:
+        with self._on.opened(at) as source, open(to, "wb") as target:
+            shutil.copyfileobj(source, target, _CHUNK)
 
     # -- writing -------------------------------------------------------------------------------------------------
     def write(self, at: str, serialise: Callable[[Hashed], None]) -> Written:

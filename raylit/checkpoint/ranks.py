@@ -149,26 +149,27 @@ def _dealt(saved: Sequence[Mapping[str, Any]], rank: int, ranks: int, shares: in
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
-def read_ranks(path: Any, common: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def read_ranks(path: Any, common: Mapping[str, Any], only: int | None = None) -> dict[int, dict[str, Any]]:
     """Load every rank's own state of the checkpoint at ``path``, whose ``common`` part is read already.
 
     ``path``: as ``read`` takes it. Empty where there are none, as in a checkpoint of weights or of Lightning's.
+    ``only``: the rank whose file alone is read, where each has one.
     """
     within = (common.get("raylit") or {}).get("ranks")
     if within:
         return dict(enumerate(within))
     if hasattr(path, "as_directory"):
         with path.as_directory() as folder:
-            return read_ranks(folder, common)
+            return read_ranks(folder, common, only)
     if "://" in str(path):
-        return _from_storage(str(path))
+        return _from_storage(str(path), only)
     folder = Path(path).expanduser()
     folder = folder.parent if folder.name == FILE_NAME else folder
-    files = sorted(folder.glob("rank_*.ckpt")) if folder.is_dir() else []
+    files = sorted(folder.glob("rank_*.ckpt" if only is None else file_name(only))) if folder.is_dir() else []
     return {int(found[1]): _load(file, str(file)) for file in files if (found := _NAME.fullmatch(file.name))}
 
 
-def _from_storage(uri: str) -> dict[int, dict[str, Any]]:
+def _from_storage(uri: str, only: int | None) -> dict[int, dict[str, Any]]:
     import pyarrow.fs
 
     filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
@@ -179,7 +180,7 @@ def _from_storage(uri: str) -> dict[int, dict[str, Any]]:
     own = {}
     for entry in filesystem.get_file_info(pyarrow.fs.FileSelector(path)):
         found = _NAME.fullmatch(entry.base_name)
-        if found:
+        if found and only in (None, int(found[1])):
             with filesystem.open_input_stream(entry.path) as stream:
                 own[int(found[1])] = _load(io.BytesIO(stream.read()), f"{redacted(uri)}: {entry.base_name}")
     return own

@@ -11,8 +11,9 @@ from typing import Any
 
 from raylit.callbacks.model_checkpoint import ModelCheckpoint
 from raylit.checkpoint import read
+from raylit.checkpoint.content import FILE_NAME
 from raylit.checkpoint.folder import Folder
-from raylit.checkpoint.ranks import read_ranks
+from raylit.checkpoint.ranks import file_name, read_ranks
 from raylit.checkpoint.store import Found, Manifest, Store
 from raylit.errors import CheckpointError
 from raylit.ports import Collective
@@ -52,16 +53,21 @@ def newest_of(stores: list[Store], run_folder: str, damaged: list[str] | None = 
     return max(there, key=lambda each: each[1].age) if there else None
 
 
-def load(store: Store, name: str) -> Loaded:
-    """Read one checkpoint of a store."""
-    with store.folder.fetched(name) as folder:
+def load(store: Store, name: str, rank: int | None = None) -> Loaded:
+    """Read one checkpoint of a store. ``rank``: the only one whose own part is needed; None: all parts are."""
+    files = None if rank is None else [FILE_NAME, file_name(rank)]
+    with store.folder.fetched(name, files) as folder:
         common = read(folder)
-        return common, read_ranks(folder, common)
+        return common, read_ranks(folder, common, rank)
 
 
 def load_newest(stores: list[Store], run_folder: str, collective: Collective,
                 note: Callable[[str], None]) -> Loaded | None:  # fmt: skip
-    """Load the newest whole state of the run on every rank; None where there is none. Rank 0 looks, once for all."""
+    """Load the newest whole state of the run on every rank; None where there is none. Rank 0 looks, once for all.
+
+    Of the ranks' own parts each rank has its own alone where there are as many ranks as the state is of: N ranks that
+    read N files each would be a million reads of a thousand ranks. At another number each needs all of them.
+    """
     choice: tuple[str, Any] = ("none", None)
     if collective.rank == 0:
         damaged: list[str] = []
@@ -72,10 +78,13 @@ def load_newest(stores: list[Store], run_folder: str, collective: Collective,
             if found is not None:
                 store, manifest = found
                 note(f"going on from step {manifest.step}: {store.path_of(manifest.name)}")
-                choice = ("found", (stores.index(store), manifest.name))
+                choice = ("found", (stores.index(store), manifest.name, manifest.world_size))
         except OSError as error:
             choice = ("fault", str(error))
     kind, what = collective.broadcast_object(choice)
     if kind == "fault":
         raise CheckpointError(f"the checkpoints of the run in {run_folder} cannot be looked at: {what}")
-    return load(stores[what[0]], what[1]) if kind == "found" else None
+    if kind == "none":
+        return None
+    index, name, ranks = what
+    return load(stores[index], name, collective.rank if ranks == collective.world_size else None)
