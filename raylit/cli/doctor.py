@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "from every node, the network between nodes, who may get in. Takes less than a minute."
     )
     parser.epilog = "Exit code 0: nothing is red. 1: something is. 2: it cannot be examined, one line says why."
-    parser.add_argument("--address", metavar="HOST:PORT", help="the cluster's head, or auto; default RAY_ADDRESS, else "
-                        "this machine alone")  # fmt: skip
+    parser.add_argument("--address", help="HOST:PORT of the cluster's head, auto, or http://HOST:8265 of its "
+                        "dashboard (it runs there as a job); default RAY_ADDRESS, else this machine alone")  # fmt: skip
     parser.add_argument("--storage", metavar="URI", help="where runs are to be kept: a folder or URI; default "
                         "~/ray_results")  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="workers that are to train: is there room, and how do "
@@ -35,32 +36,54 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(address: str | None, storage: str | None, workers: int | None, timeout_s: float, as_json: bool) -> int:
     """Examine and print; the exit code. Raises ConfigError where it cannot be examined."""
-    from raylit.doctor.examine import examine
-    from raylit.doctor.joining import join
     from raylit.errors import ConfigError
 
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers}: give the number of workers that are to train, 1 or more")
     if not timeout_s > 0:
         raise ConfigError(f"--timeout {timeout_s:g}: give a number of seconds above 0")
-    joined = join(address)
-    import ray
-
+    named = address or os.environ.get("RAY_ADDRESS", "")
     try:
-        report = examine(storage, workers, joined=joined, answer_s=timeout_s, say=_say)
-    except ray.exceptions.RayError as error:
-        raise ConfigError(f"the cluster went away: {(str(error).splitlines() or ['no reason given'])[0]}") from None
+        if named.startswith(("http://", "https://")):
+            from raylit.cli.doctor_job import report_of_job
+
+            _say("asking the cluster")
+            report = report_of_job(named, _again(storage, workers, timeout_s))
+        else:
+            report = _examined(address, storage, workers, timeout_s)
     except KeyboardInterrupt:
         print("raylit doctor: interrupted", file=sys.stderr)
         return 130
     finally:
         _say("")
-        ray.shutdown()
     if as_json:
         print(json.dumps(report.as_json(), indent=2))
     else:
         show(report)
     return report.exit_code
+
+
+def _examined(address: str | None, storage: str | None, workers: int | None, timeout_s: float) -> Report:
+    """Join and examine; Ray is left again."""
+    import ray
+
+    from raylit.doctor.examine import examine
+    from raylit.doctor.joining import join
+    from raylit.errors import ConfigError
+
+    try:
+        return examine(storage, workers, joined=join(address), answer_s=timeout_s, say=_say)
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"the cluster went away: {(str(error).splitlines() or ['no reason given'])[0]}") from None
+    finally:
+        ray.shutdown()
+
+
+def _again(storage: str | None, workers: int | None, timeout_s: float) -> list[str]:
+    """The arguments once more, for the same command elsewhere."""
+    given = ["--timeout", f"{timeout_s:g}"]
+    given += ["--storage", storage] if storage is not None else []
+    return given + (["--workers", str(workers)] if workers is not None else [])
 
 
 def _say(text: str) -> None:

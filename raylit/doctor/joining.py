@@ -96,8 +96,8 @@ def _must_answer(address: str) -> None:
     scheme, separator, _ = address.partition("://")
     if separator:
         raise ConfigError(
-            f"--address {address}: {scheme}:// does not reach the nodes themselves; run this on a machine of the "
-            "cluster (or with ray job submit) and give HOST:PORT of its head, usually port 6379, or auto"
+            f"--address {address}: {scheme}:// does not reach the nodes themselves; give HOST:PORT of the head, "
+            "usually port 6379, on a machine of the cluster; or http://HOST:8265 of its dashboard, from anywhere"
         )
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or not 0 < int(port) < 65536:

@@ -41,7 +41,8 @@ class Rank:
 def reach(node: str, faults: Mapping[str, str], targets: int) -> Row:
     """Whether a node's connections to the others and to the caller came about. ``faults``: by "name at host:port"."""
     if not faults:
-        return green("connections", node, f"{targets} of {targets}: every other node, and this process")
+        others = "every other node, and " if targets > 1 else ""
+        return green("connections", node, f"{targets} of {targets}: {others}this process")
     told = [f"{target} ({fault})" for target, fault in list(faults.items())[:3]]
     more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
     return red(

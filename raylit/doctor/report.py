@@ -92,6 +92,12 @@ class Report:
             "checks": [{**dataclasses.asdict(row), "verdict": row.verdict.value} for row in self.rows],
         }
 
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Report:
+        """Return the report that ``as_json`` gave; KeyError or ValueError for anything else."""
+        rows = tuple(Row(**{**row, "verdict": Verdict(row["verdict"])}) for row in told["checks"])
+        return cls(rows, tuple(told["nodes"]), float(told["seconds"]), dict(told["figures"]))
+
     def folded(self) -> list[Row]:
         """The rows for reading: those of one check that are green on several nodes are one row."""
         shown: list[Row] = []

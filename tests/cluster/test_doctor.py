@@ -237,6 +237,18 @@ def test_hosts_that_do_not_reach_each_other(tmp_path: Path) -> None:
             assert failed["verdict"] == "red" and "GLOO_SOCKET_IFNAME" in failed["remedy"]
 
 
+def test_from_elsewhere_it_runs_as_a_job(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a job's interpreter is the host's python
+    with environment_of(PATH=path) as environment, WrongCluster(environment, dashboard=True) as cluster:
+        member = cluster.join()
+        arguments = ["--address", cluster.jobs, "--storage", str(tmp_path), "--timeout", "120"]
+        rows = Rows(doctor(environment, "--json", *arguments))
+        assert rows.code == 0 and rows.of("answers", member)["verdict"] == "green"
+        assert rows.report["figures"]["all_reduce_workers"] == 2
+        done = doctor({**environment, "RAY_AUTH_TOKEN": "x" * 64}, "--json", *arguments)
+        assert done.returncode == 2 and done.stdout == "" and "refuses the token of RAY_AUTH_TOKEN" in done.stderr
+
+
 def test_this_machine_alone(tmp_path: Path) -> None:
     with environment_of() as environment:
         environment |= {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}

@@ -21,8 +21,15 @@ class WrongCluster(Cluster):
     ``open_dashboard``: whether the head's dashboard listens on every address. ``at``: the head's own address.
     """
 
-    def __init__(self, environment: dict[str, str], *, open_dashboard: bool = False, at: str | None = None) -> None:
-        super().__init__(environment, dashboard=open_dashboard)
+    def __init__(
+        self,
+        environment: dict[str, str],
+        *,
+        dashboard: bool = False,
+        open_dashboard: bool = False,
+        at: str | None = None,
+    ) -> None:
+        super().__init__(environment, dashboard=dashboard or open_dashboard)
         if open_dashboard:
             self._head.append("--dashboard-host=0.0.0.0")
         if at is not None:

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from raylit.cli import main
 from raylit.cli.doctor import show
+from raylit.cli.doctor_job import report_in
 from raylit.doctor.report import CLUSTER, Report, green, red, yellow
+from raylit.errors import ConfigError
+
+
+def test_the_report_is_found_in_a_jobs_log() -> None:
+    given = Report((green("answers", "a", "yes"),), ("a",), 3.0)
+    told = json.dumps(given.as_json(), indent=2)
+    noise = "2026-11-27 20:00:00 INFO job_manager.py -- Runtime env is setting up.\n"
+    for log in (told, noise + told, f"{noise}{told}\nsome last word\n"):
+        assert report_in(log) == given
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("raylit doctor: nobody answers at head:6379\n(some more)", "from the cluster: nobody answers at head:6379"),
+        ("Traceback ...\nModuleNotFoundError: No module named 'raylit'\n", "No module named 'raylit'"),
+        ('{\n  "ok": true,\n', '"ok": true'),  # it broke off
+        ("", "it said nothing"),
+    ],
+)
+def test_a_job_without_a_report_is_told_in_its_own_words(log: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        report_in(log)
 
 
 @pytest.mark.parametrize(
@@ -15,7 +41,8 @@ from raylit.doctor.report import CLUSTER, Report, green, red, yellow
         (["--workers", "0"], "--workers 0: give the number of workers"),
         (["--timeout", "0"], "--timeout 0: give a number of seconds above 0"),
         (["--timeout", "nan"], "--timeout nan"),
-        (["--address", "http://head:8265"], "http:// does not reach the nodes themselves"),
+        (["--address", "ray://head:10001"], "ray:// does not reach the nodes themselves"),
+        (["--address", "http://127.0.0.1:1"], "nothing answers at http://127.0.0.1:1"),
         (["--address", "head"], "give HOST:PORT of the cluster's head"),
         (["--address", "head:70000"], "give HOST:PORT of the cluster's head"),
     ],

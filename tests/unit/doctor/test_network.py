@@ -13,6 +13,8 @@ GREEN, YELLOW, RED = Verdict.GREEN, Verdict.YELLOW, Verdict.RED
 
 def test_connections() -> None:
     assert network.reach("a", {}, 3).verdict is GREEN
+    assert network.reach("a", {}, 3).value == "3 of 3: every other node, and this process"
+    assert network.reach("a", {}, 1).value == "1 of 1: this process"
     faults = {f"n{i} at 10.0.0.{i}:4000": "no answer within 3 s" for i in range(4)}
     row = network.reach("a", faults, 5)
     assert row.verdict is RED and row.value.startswith("cannot reach n0 at 10.0.0.0:4000 (no answer within 3 s), n1 at")

@@ -38,6 +38,12 @@ def test_json_has_every_row() -> None:
     assert told["figures"] == {"all_reduce_latency_us": 5.0} and told["nodes"] == ["a", "b"]
 
 
+def test_a_report_comes_back_from_json() -> None:
+    given = report(*FINE, ODD, BAD)
+    back = Report.from_json(json.loads(json.dumps(given.as_json())))
+    assert back == Report(given.rows, given.nodes, 12.3, given.figures)
+
+
 def test_green_rows_of_one_check_are_one_line_and_others_stay() -> None:
     shown = [(row.node, row.value, row.verdict) for row in report(*FINE, ODD, BAD).folded()]
     assert shown == [
