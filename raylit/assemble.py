@@ -482,7 +482,7 @@ def worker_main(job: Job, world: World, channel: WorkerChannel | None) -> bytes:
         from raylit.worker.report import report_newest
 
         store = stores_of((), spec.storage, spec.run_filesystem)[0]
-        report_newest(store, outcome.newest, metrics_as_floats(outcome.state.callback_metrics))
+        report_newest(store, outcome.newest, metrics_as_floats(outcome.state.callback_metrics), world.world_size)
     if departure is None:
         return b""
     return pack(outcome, departure, view)

@@ -21,6 +21,7 @@ from raylit.errors import ProgressTimeoutError, ResourceError, WorkerLostError
 from raylit.wire import Job, WorkerFailure
 from raylit.worker.failure import WorkerFailed, bare, describe, first_cause, is_consequence, rebuild
 from raylit.worker.ray_data import check_cpus
+from raylit.worker.report import MOST_WORKERS_AT_A_BARRIER
 
 if TYPE_CHECKING:
     import ray.train
@@ -80,6 +81,8 @@ def launch(
         cluster.check_fits(*asked)
         job = dataclasses.replace(job, cpus=cluster.cpus_beside(*asked))
         check_cpus(ray_data, job.cpus)
+    if scaling.max_workers > MOST_WORKERS_AT_A_BARRIER:
+        say(f"more than {MOST_WORKERS_AT_A_BARRIER:,} workers: they will not hear of nodes that are to be taken away")
     if isinstance(scaling.num_workers, int):  # an elastic run has looked for its room already
         _wait_for_room(scaling, say, start_timeout_s)
     run = merge_run(run_config, failure_config, name, storage_path, max_failures, runtime_env, storage_filesystem)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raylit.ports import Collective, Notice
+from raylit.worker.report import MOST_WORKERS_AT_A_BARRIER
 
 # Ray Train's public settings; the driver hands them on to every worker.
 _WATCHER, _INTERVAL = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
@@ -67,8 +68,11 @@ def interval_s(num_workers: int) -> float:
 
 
 def notices_of_ray(num_workers: int, leaves: Callable[[int], bool] = lambda lost: False) -> RayNotices | None:
-    """What this Ray Train worker can ask; None where nobody watches (one machine alone), or Ray is too old for it."""
-    if os.environ.get(_WATCHER, "1").lower() in ("0", "false"):
+    """What this Ray Train worker can ask; None where nobody watches (one machine alone), or Ray is too old for it.
+
+    None, too, of more workers than Ray's barrier takes: they would wait in it for ever.
+    """
+    if num_workers > MOST_WORKERS_AT_A_BARRIER or os.environ.get(_WATCHER, "1").lower() in ("0", "false"):
         return None
     import ray.train
 

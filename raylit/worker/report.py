@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from raylit.checkpoint.store import Store
 
+# The barrier is an asyncio actor, and Ray lets one work on so many calls at a time: of one more worker the last one's
+# call would never be looked at, and no worker would return.
+MOST_WORKERS_AT_A_BARRIER = 1000
 
-def report_newest(store: Store, name: str | None, metrics: dict[str, float]) -> None:
-    """Report ``metrics`` with the checkpoint ``name`` of the run folder's store; None: without one."""
+
+def report_newest(store: Store, name: str | None, metrics: dict[str, float], workers: int) -> None:
+    """Report ``metrics`` with the checkpoint ``name`` of the run folder's store; None: without one.
+
+    More ``workers`` than Ray's barrier takes report nothing: what ``fit`` returns is read off the run folder anyway.
+    """
+    if workers > MOST_WORKERS_AT_A_BARRIER:
+        return
     import ray.train
 
     checkpoint = None

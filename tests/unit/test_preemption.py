@@ -76,3 +76,14 @@ def test_an_interval_that_a_person_set_holds_for_many_workers_too(monkeypatch: p
     preemption = RayNotices(lambda: None, interval_s(1000), str)
     elastic = ElasticNotices(Elastic(1, 2000, False, {}), World(world_size=1000), preemption, lambda: 0)
     assert elastic.every_s == 0.5
+
+
+@pytest.mark.parametrize(("workers", "asks"), [(1000, True), (1001, False)])
+def test_more_workers_than_rays_barrier_takes_do_not_ask(
+    monkeypatch: pytest.MonkeyPatch, workers: int, asks: bool
+) -> None:
+    import ray.train
+
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None, raising=False)  # newer than the oldest Ray
+    assert (notices_of_ray(workers) is not None) == asks

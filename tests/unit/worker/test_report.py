@@ -82,8 +82,14 @@ def test_rank_0_names_the_checkpoint_on_whatever_storage_it_lies(
 
     monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank))
     store: Store = Memory().store()
-    report_newest(store, "a", {"loss": 1.0})
+    report_newest(store, "a", {"loss": 1.0}, workers=2)
     ((metrics, checkpoint, _),) = told
     assert metrics == {"loss": 1.0} and (checkpoint is None) == (rank == 1)
     if rank == 0:
         assert (checkpoint.path, checkpoint.filesystem) == ("/run/checkpoints/a", store.given_filesystem)
+
+
+@pytest.mark.parametrize(("workers", "reports"), [(1000, 1), (1001, 0)])
+def test_more_workers_than_rays_barrier_takes_do_not_enter_it(workers: int, reports: int, told: Told) -> None:
+    report_newest(Memory().store(), None, {}, workers)
+    assert len(told) == reports
