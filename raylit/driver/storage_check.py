@@ -157,7 +157,9 @@ def _removed(
     """Remove the files again; one of those that share a folder does it for all of them. What is left, and why."""
     shared = {each.node.id for each in report.sharing[1:]}
     own = {each.node.id for each in report.nodes if each.fault is None} - shared
-    half_done = {each.node.id for each in report.nodes} - own - shared - hung  # a folder, perhaps, and no file
+    half_done = set[str]()
+    if place[1] is None and "://" not in place[0]:  # a folder, perhaps, and no file; an object store has no folders
+        half_done = {each.node.id for each in report.nodes} - own - shared - hung
 
     def asked(ids: set[str]) -> list[tuple[Any, ...] | None]:
         return [() if node.id in ids else None for node in actors.nodes]
