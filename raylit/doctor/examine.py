@@ -27,7 +27,7 @@ ANSWER_S = 30.0  # to start a process and load torch, on each node at the same t
 _CLOCK_ROUNDS = 5
 # An object store that cannot be reached says so after some 20 s: its client tries again and again.
 _STORAGE_S, _REACH_S, _GROUP_S, _GPU_S = 25.0, 10.0, 15.0, 15.0
-# With it a process that reserves no GPU still sees them; Ray's default from 2.52 on, and of no use without GPUs.
+# With it a process that reserves no GPU still sees those of its node; older Rays hide them else. Costs a fresh process.
 _SEE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _REMEDY_SILENT = "look at this node: `ray status`, its raylet's log, its load; then run this again"
 
