@@ -197,7 +197,7 @@ def test_a_new_token_and_then_nothing_is_left(cluster: OnPrem) -> None:
     cluster.up()
     assert "3 local.cluster.node" in cluster.laptop.run(f"{TOKEN} {status}").stdout
     assert cluster.laptop.run(f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={old} timeout 60 {status}", check=False).returncode
-    ran = cluster.ray("ray exec FILE 'python ~/raylit/clusters/stop_onprem.py' && ray down -y FILE")
+    ran = cluster.ray("ray exec FILE 'python ~/raylit/clusters/onprem_workers.py stop' && ray down -y FILE")
     assert "Ray is stopped on 3 of 3 hosts" in ran.stdout, ran.stdout
     for host in (cluster.head, *cluster.workers):
         with contextlib.suppress(TimeoutError):  # they were asked to end, and may take a moment
