@@ -97,6 +97,7 @@ def hosts() -> Iterator[dict[str, Host]]:
 
 
 @pytest.mark.cluster
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
