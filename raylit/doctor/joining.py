@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import site
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import IO
 from raylit.driver import cluster
 from raylit.errors import ConfigError
 
-_CONNECT_S, _STATUS_S = 5.0, 30.0
+_STATUS_S = 30.0
 _REFUSED = ("InvalidAuthToken", "AuthenticationError", "Unauthenticated")
 
 
@@ -99,18 +98,10 @@ def _must_answer(address: str) -> None:
             f"--address {address}: {scheme}:// does not reach the nodes themselves; give HOST:PORT of the head, "
             "usually port 6379, on a machine of the cluster; or http://HOST:8265 of its dashboard, from anywhere"
         )
-    host, colon, port = address.rpartition(":")
+    _, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--address {address}: give HOST:PORT of the cluster's head, usually port 6379, or auto")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-    except OSError as error:
-        reason = (
-            f"no answer within {_CONNECT_S:g} s" if isinstance(error, TimeoutError) else error.strerror or str(error)
-        )
-        raise ConfigError(
-            f"nobody answers at {address} ({reason}); is Ray running on the head, and its port open to this machine?"
-        ) from None
+    cluster.must_answer(address)
 
 
 def _ray_version() -> str:
