@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.clusters.pins import CLUSTERS, ROOT, pin
+from tests.clusters.pins import CLUSTERS, ROOT
 
 boto3 = pytest.importorskip("boto3", reason="needs boto3, which the extra 'test' installs")
 pytest.importorskip("moto", reason="needs moto, which the extra 'test' installs")
@@ -260,8 +259,3 @@ def test_why_the_group_is_named_ray_would_let_in_the_world(laptop: Laptop) -> No
     # Ray waits 15 s twice for roles that it makes; aws_once.py's are not used here.
     laptop.ray("up", "-y", str(file))
     assert "0.0.0.0/0" in laptop.open_to()
-
-
-def test_the_head_has_the_client_that_is_pinned() -> None:
-    assert f"boto3=={pin('boto3')}" in (ROOT / "constraints.txt").read_text()
-    assert shutil.which("bash")
