@@ -140,7 +140,7 @@ class Host:
             )  # fmt: skip
         wait_for(lambda: self._alive() and psutil.Process(self._process.pid).children(), f"{self.name} is on")
         self._first = psutil.Process(self._process.pid).children()[0].pid
-        self._lab.plug(self._port, self._first)
+        self._lab.plug(self._port, self._first, int(self.address.rsplit(".", 1)[1]))
         inside = ["nsenter", f"--net=/proc/{self._first}/ns/net", "ip"]
         for command in (f"address add {self.address}/24 dev eth0", "link set eth0 up",
                         f"route add default via {NETWORK}.1"):  # Ray asks the way out for its own address
@@ -248,9 +248,10 @@ class Lab:
         """Run a command in the switch's network."""
         subprocess.run(["nsenter", f"--net=/proc/{self._switch.pid}/ns/net", *command.split()], check=True)
 
-    def plug(self, port: str, first: int) -> None:
+    def plug(self, port: str, first: int, number: int) -> None:
         """Lay a cable from a port of the switch to the host of this first process, as its eth0."""
-        self.switch(f"ip link add {port} type veth peer name eth0 netns {first}")
+        # A network card has its number for life: with another one after each boot the others would not find the host.
+        self.switch(f"ip link add {port} type veth peer name eth0 address 02:00:00:00:00:{number:02x} netns {first}")
         self.switch(f"ip link set {port} master switch up")
 
     def unplug(self, port: str) -> None:

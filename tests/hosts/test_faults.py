@@ -198,7 +198,7 @@ def test_a_spot_host_is_announced_as_lost(cluster: OnPrem, run: list[Run]) -> No
     note("spot notice", run[-1], at, seen, None, on)
     at = time.time()
     host.boot()
-    # The head had begun to start Ray there again, and never tries twice on one host where it failed: the file's command.
+    # The head had begun to start Ray there again; where that failed it never tries again. So the file's own command:
     start = "ray exec FILE 'python ~/raylit/clusters/onprem_workers.py start'"
     assert "Ray runs on 2 of 2 hosts" in cluster.ray(start).stdout
     FIGURES.append(("spot host replaced", 0.0, run[-1].going(2, at).at - at, 0, None, "two workers again"))
