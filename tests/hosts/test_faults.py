@@ -107,13 +107,19 @@ class Run:
         self._reader.join()
 
 
-FIGURES: list[tuple[str, float, float, int, float | None, str]] = []
+FIGURES: list[str] = []
 
 
-def note(what: str, run: Run, at: float, seen: tuple[float, str], back: float | None, on: Step) -> None:
-    """Keep what a fault at a moment cost; ``on``: the first step after it, ``back``: until all hosts train again."""
-    before = max(step.number for step in run.steps() if step.at <= max(at, on.at - 1e-9) and step is not on)
-    FIGURES.append((what, seen[0] - at, on.at - at, before - (on.number - 1), back, seen[1]))
+def note(what: str, run: Run, at: float, seen: tuple[float, str], on: Step) -> None:
+    """Keep what a fault at a moment cost; ``on``: the first step after it."""
+    before = max(step.number for step in run.steps() if step.at < on.at)
+    FIGURES.append(f"{what}: seen after {seen[0] - at:.1f} s, goes on after {on.at - at:.1f} s, "
+                   f"{before - (on.number - 1)} steps done twice\n    {seen[1]}")  # fmt: skip
+
+
+def back(what: str, run: Run, at: float) -> None:
+    """Wait until both hosts train again, and keep how long that took since a moment."""
+    FIGURES.append(f"{what}: two workers again after {run.going(2, at).at - at:.1f} s")
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +136,7 @@ def run(cluster: OnPrem) -> Iterator[list[Run]]:
     folder.mkdir()
     runs = [Run(cluster, folder)]
     yield runs
-    print()
-    for what, seen, on, lost, back, line in FIGURES:
-        also = "" if back is None else f"; all hosts again after {back:.0f} s"
-        print(f"{what}: seen after {seen:.1f} s, goes on after {on:.1f} s, {lost} steps done twice{also}\n    {line}")
+    print("", *FIGURES, sep="\n")
 
 
 def both(run: Run) -> None:
@@ -153,7 +156,7 @@ def lost(what: str, run: Run, host: Host, at: float) -> Step:
     on = run.going(1, at)
     before = max(step.number for step in run.steps() if step.at < on.at)
     assert 0 <= before - (on.number - 1) <= EVERY_N_STEPS + 10, run.text  # one checkpoint's worth, and one in flight
-    note(what, run, at, seen, None, on)
+    note(what, run, at, seen, on)
     return on
 
 
@@ -165,7 +168,7 @@ def test_a_worker_host_is_killed_and_booted_again(cluster: OnPrem, run: list[Run
     lost("worker host killed", run[-1], host, at)
     at = time.time()
     host.boot()
-    FIGURES.append(("killed host booted", 0.0, run[-1].going(2, at).at - at, 0, None, "two workers again"))
+    back("killed host booted", run[-1], at)
 
 
 def test_the_network_of_a_host_is_cut_and_healed(cluster: OnPrem, run: list[Run]) -> None:
@@ -176,7 +179,7 @@ def test_the_network_of_a_host_is_cut_and_healed(cluster: OnPrem, run: list[Run]
     lost("network cut", run[-1], host, at)
     at = time.time()
     host.heal()
-    FIGURES.append(("network healed", 0.0, run[-1].going(2, at).at - at, 0, None, "two workers again"))
+    back("network healed", run[-1], at)
 
 
 def test_a_spot_host_is_announced_as_lost(cluster: OnPrem, run: list[Run]) -> None:
@@ -195,13 +198,13 @@ def test_a_spot_host_is_announced_as_lost(cluster: OnPrem, run: list[Run]) -> No
     host.kill()
     before = max(step.number for step in run[-1].steps() if step.at < on.at)
     assert on.number == before + 1, run[-1].text  # nothing was done twice
-    note("spot notice", run[-1], at, seen, None, on)
+    note("spot notice", run[-1], at, seen, on)
     at = time.time()
     host.boot()
     # The head had begun to start Ray there again; where that failed it never tries again. So the file's own command:
     start = "ray exec FILE 'python ~/raylit/clusters/onprem_workers.py start'"
     assert "Ray runs on 2 of 2 hosts" in cluster.ray(start).stdout
-    FIGURES.append(("spot host replaced", 0.0, run[-1].going(2, at).at - at, 0, None, "two workers again"))
+    back("spot host replaced, `onprem_workers.py start`", run[-1], at)
 
 
 def test_the_head_is_lost_with_redis_behind_it(cluster: OnPrem, run: list[Run]) -> None:
@@ -217,7 +220,8 @@ def test_the_head_is_lost_with_redis_behind_it(cluster: OnPrem, run: list[Run]) 
     run.append(Run(cluster, run[-1].folder))
     on = run[-1].going(2, up)
     assert 0 <= before - (on.number - 1) <= EVERY_N_STEPS + 10, run[-1].text
-    FIGURES.append(("head lost", up - at, on.at - at, before - (on.number - 1), None, "`ray up`, the script again"))
+    FIGURES.append(f"head lost: `ray up` was done after {up - at:.1f} s, the script, started again, goes on after "
+                   f"{on.at - at:.1f} s, {before - (on.number - 1)} steps done twice")  # fmt: skip
 
 
 def test_the_run_comes_to_its_end(cluster: OnPrem, run: list[Run]) -> None:
