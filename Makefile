@@ -20,7 +20,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 help:
 	@echo "make demo    train the digits example on two Ray workers (installs into $(VENV) the first time)"
 	@echo "make test    run the whole test suite"
-	@echo "make test-hosts  three hosts of their own on this machine, and clusters/onprem.yaml on them; needs root"
+	@echo "make test-hosts  three hosts of their own on this machine, clusters/onprem.yaml on them, and faults; needs root"
 	@echo "make chaos   20 runs on a cluster of three hosts, with one fault each; make chaos ARGS='--seed 7 --runs 20'"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   measure a training step against a hand-written loop"

@@ -83,9 +83,9 @@ class OnPrem:
                 assert process.poll() is None, process.communicate()[0]
                 yield
             finally:
-                psutil.Process(process.pid).terminate()
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.terminate()
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.terminate()
                 process.wait(30)
 
     def start(self, command: str, **more: Any) -> subprocess.Popen[str]:
