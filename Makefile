@@ -15,11 +15,12 @@ STAMP := $(VENV)/.raylit-installed
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-hosts chaos lint bench clean
+.PHONY: help install demo test test-long test-hosts chaos lint bench clean
 
 help:
 	@echo "make demo    train the digits example on two Ray workers (installs into $(VENV) the first time)"
 	@echo "make test    run the whole test suite"
+	@echo "make test-long   tests that take minutes on several hosts, which the suite skips"
 	@echo "make test-hosts  three hosts of their own on this machine, clusters/onprem.yaml on them, and faults; needs root"
 	@echo "make chaos   20 runs on a cluster of three hosts, with one fault each; make chaos ARGS='--seed 7 --runs 20'"
 	@echo "make lint    ruff and mypy"
@@ -49,6 +50,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest -q --durations=10 $(ARGS)
+
+test-long: $(STAMP)
+	RAYLIT_TEST_LONG=1 $(PY) -m pytest -q --durations=10 -m long $(ARGS)
 
 test-hosts: $(STAMP)
 	RAYLIT_TEST_HOSTS=1 $(PY) -m pytest -q -s --durations=10 tests/hosts $(ARGS)

@@ -47,7 +47,11 @@ def ray_session() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run; the reason is printed at the end (-rs is on)."""
+    """Skip what this machine cannot run, and what takes minutes; the reason is printed at the end (-rs is on)."""
+    if not os.environ.get("RAYLIT_TEST_LONG"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="several hosts for minutes: make test-long"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -148,6 +148,7 @@ def test_another_ray_here_than_there_is_told_in_one_line(examined: Examined, tmp
     assert "version mismatch" in done.stderr and "2.59.9" in done.stderr and ray.__version__ in done.stderr
 
 
+@pytest.mark.long
 def test_a_cluster_that_is_open_and_has_a_silent_node(tmp_path: Path) -> None:
     """No token, a dashboard for everybody, drivers that differ, a storage that cannot be written; then a node hangs."""
     if not may_hide_folders():
@@ -195,6 +196,7 @@ def test_a_cluster_that_is_open_and_has_a_silent_node(tmp_path: Path) -> None:
         assert rows.report["figures"]["all_reduce_workers"] == 2
 
 
+@pytest.mark.long
 def test_hosts_that_do_not_reach_each_other(tmp_path: Path) -> None:
     """Three hosts with networks of their own: all is well; two that lose each other's packets; names that mislead."""
     if not may_make_networks():
@@ -237,6 +239,7 @@ def test_hosts_that_do_not_reach_each_other(tmp_path: Path) -> None:
             assert failed["verdict"] == "red" and "GLOO_SOCKET_IFNAME" in failed["remedy"]
 
 
+@pytest.mark.long
 def test_from_elsewhere_it_runs_as_a_job(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a job's interpreter is the host's python
     with environment_of(PATH=path) as environment, WrongCluster(environment, dashboard=True) as cluster:

@@ -18,8 +18,8 @@ import pytest
 
 from tests.cluster.hosts import Cluster, environment_of
 
-NODES = int(os.environ.get("RAYLIT_TEST_NODES", "3"))
-WORKERS = int(os.environ.get("RAYLIT_TEST_WORKERS", "4"))  # of each
+NODES = int(os.environ.get("RAYLIT_TEST_NODES", "2"))
+WORKERS = int(os.environ.get("RAYLIT_TEST_WORKERS", "2"))  # of each
 TIMEOUT_S = 240 + 30 * NODES * WORKERS  # for a machine that is busy with other things
 
 SCRIPT = """

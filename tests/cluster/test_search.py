@@ -160,6 +160,7 @@ def test_trials_run_on_all_hosts_and_give_what_fits_in_one_place_give(hosts: Hos
     assert driver.output.count(" done ") == 4 and "best of 4 trials" in driver.output
 
 
+@pytest.mark.long
 def test_a_lost_host_costs_its_trial_a_row(hosts: Hosts, tmp_path: Path, fits: Fits) -> None:
     rates = [0.08, 0.05, 0.01, 0.03]
     with running(Search(rates, held=tuple(rates[:3])), hosts, tmp_path) as driver:
@@ -195,6 +196,7 @@ def loses_a_member(driver: Driver, hosts: Hosts, rates: list[float]) -> float:
     return lost
 
 
+@pytest.mark.long
 def test_trials_of_two_workers_on_three_hosts(hosts: Hosts, tmp_path: Path) -> None:
     """Of three, one at a time has room. One loses a worker, one a host; all come to what a fit on two workers does."""
     rates = [0.08, 0.05, 0.01]
@@ -230,7 +232,7 @@ def fits_on_two(rates: list[float], hosts: Hosts, folder: Path) -> dict[float, t
     return fits
 
 
-@pytest.mark.parametrize("moment", ["waiting", "worst"])
+@pytest.mark.parametrize("moment", [pytest.param("waiting", marks=pytest.mark.long), "worst"])
 def test_a_search_is_taken_up_after_its_driver_was_killed(
     hosts: Hosts, tmp_path: Path, fits: Fits, moment: str
 ) -> None:
@@ -361,6 +363,7 @@ def test_a_search_is_sent_as_a_job_with_the_modules_beside_it(hosts: Hosts, proj
     assert done.stdout.count(" done ") == 3
 
 
+@pytest.mark.long
 def test_a_fit_is_sent_as_a_job_and_its_exit_code_comes_back(hosts: Hosts, project: Path, tmp_path: Path) -> None:
     done = submitted(hosts, project, "search.py", "fit", str(tmp_path))
     assert "trained 2 steps, seen 8" in done.stdout, done.stdout + done.stderr

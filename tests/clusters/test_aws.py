@@ -194,7 +194,7 @@ def launch_workers(laptop: Laptop, count: int) -> None:
         provider.create_node(config["available_node_types"]["worker"]["node_config"], tags, 1)
 
 
-@pytest.mark.parametrize("name", ["aws-cpu.yaml", "aws-gpu-spot.yaml"])
+@pytest.mark.parametrize("name", [pytest.param("aws-cpu.yaml", marks=pytest.mark.long), "aws-gpu-spot.yaml"])
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_up_and_down(laptop: Laptop, name: str) -> None:
@@ -249,6 +249,7 @@ def test_a_file_that_was_not_filled_in_launches_nothing(laptop: Laptop, forgotte
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_why_the_group_is_named_ray_would_let_in_the_world(laptop: Laptop) -> None:
     """If this fails, Ray has mended it, and the files may leave the group to Ray."""
     content = yaml.safe_load((CLUSTERS / "aws-cpu.yaml").read_text())

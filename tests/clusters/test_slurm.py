@@ -56,6 +56,7 @@ def test_without_a_script_or_a_token_it_says_so_and_starts_nothing(nodes: Nodes)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not can_be_made(), reason="needs root, and `ip`, `unshare` and `nsenter`, for network namespaces")
+@pytest.mark.long
 def test_two_nodes_train_the_digits_and_nothing_is_left(nodes: Nodes) -> None:
     token = token_in(nodes)
     with nodes.up():

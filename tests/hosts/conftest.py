@@ -1,4 +1,4 @@
-"""The faults take many minutes, and run where they are asked for."""
+"""What starts Ray on hosts takes many minutes, and runs where it is asked for."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not os.environ.get("RAYLIT_TEST_HOSTS"):
         for item in items:
             if item.get_closest_marker("hosts"):
-                item.add_marker(pytest.mark.skip(reason="faults on hosts, for many minutes: make test-hosts"))
+                item.add_marker(pytest.mark.skip(reason="Ray on hosts of its own, for many minutes: make test-hosts"))

@@ -16,6 +16,7 @@ from tests.hosts.onprem import NAME, STORAGE, OnPrem, onprem
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.hosts,
     pytest.mark.slow,
     pytest.mark.timeout(900),  # Ray starts and stops on three hosts, on few cores
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
