@@ -23,8 +23,6 @@ clock; ``torch.save`` is rank 0's, as its users do it.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import os
 import platform
 import resource
@@ -33,13 +31,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; a Ray worker inherits it
 
 import torch
+from quiet import quiet
 from torch import Tensor, nn
 
 import raylit
@@ -172,23 +169,6 @@ def memory(ways: list[str], count: int) -> None:
         middle = statistics.median(peaks)
         base = base or middle
         print(f"| {WAYS[way]:39} | {middle:5.0f} | {(middle - base) / state_mib:19.2f} |", flush=True)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Send what a library prints nowhere."""
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
 
 
 def main() -> None:

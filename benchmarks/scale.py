@@ -30,7 +30,6 @@ which all processes of a machine share.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -40,8 +39,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +47,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; a Ray worker inhe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from quiet import quiet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -249,23 +247,6 @@ def picture(found: dict[int, Found], path: str) -> None:
                 axes.legend()
         figure.supxlabel("workers, which share the cores of one machine", fontsize=9)
         Path(path).write_bytes(png(figure))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Send what a library prints nowhere."""
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +107,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the samples")
     # On several machines a folder or URI that all of them see; the files in clusters/ set the variable.
-    parser.add_argument("--storage-path", default=os.environ.get("RAYLIT_STORAGE"), help="where run folders are kept")
+    parser.add_argument("--storage-path", help="where run folders are kept; RAYLIT_STORAGE says it for all runs")
     args = parser.parse_args()
 
     raylit.seed_everything(args.seed)

@@ -15,12 +15,11 @@ from raylit.driver import cluster
 from raylit.driver.launch import account_of
 from raylit.driver.shipping import lacking
 from raylit.goal import BESIDE_METRICS
+from raylit.search.listening import Listener
 from raylit.search.table import Goal, Row, line, table, varied
 
-_listening: list[SearchDisplay] = []  # those of the searches that run in this process
 
-
-class SearchDisplay:
+class SearchDisplay(Listener):
     """Rows of all trials; a live table where somebody looks at a terminal, else a line for each trial that ends."""
 
     def __init__(self, goal: Goal, total: int | None, others: tuple[str, ...] = (), enabled: bool = True) -> None:
@@ -31,14 +30,14 @@ class SearchDisplay:
         self._began: dict[str, float] = {}
 
     def __enter__(self) -> SearchDisplay:
-        _listening.append(self)
+        super().__enter__()
         if self._enabled and sys.stderr.isatty():
             self._live = Live(console=Console(stderr=True), refresh_per_second=4)
             self._live.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        _listening.remove(self)
+        super().__exit__(*raised)
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -103,25 +102,6 @@ def _fill(row: Row, result: Mapping[str, Any]) -> None:
     row.metrics = {name: float(value) for name, value in result.items()
                    if isinstance(value, (int, float)) and name not in BESIDE_METRICS}  # fmt: skip
     row.seconds = float(result.get("time_total_s", row.seconds))
-
-
-_CALLS = ("on_trial_start", "on_trial_result", "on_trial_complete", "on_trial_error", "on_experiment_end")
-
-
-def as_callback(display: SearchDisplay) -> Any:
-    """A callback of Tune's that passes on what the display listens to."""
-    from ray import tune
-
-    calls = {name: staticmethod(getattr(display, name)) for name in _CALLS}
-    # Tune keeps its callbacks with the search's state. A terminal does not travel: a search that is taken up is shown
-    # where that happens.
-    return type("SearchCallback", (tune.Callback,), {**calls, "__reduce__": lambda self: (_present, ())})()
-
-
-def _present() -> Any:
-    from ray import tune
-
-    return as_callback(_listening[-1]) if _listening else tune.Callback()
 
 
 def reason_of(trial: Any) -> str:

@@ -16,27 +16,20 @@ from typing import Any
 
 from raylit.checkpoint.folder import Folder
 from raylit.errors import ConfigError
+from raylit.search.listening import Listener
 
 FILE = "search_state.zip"
 _EVERY_S = 10.0
 _ENDS_OF_PICKLES = b"."  # pickle's STOP: a file that was cut off has it at its end by accident only
-_writing: list[StateCopy] = []  # of the searches that run in this process
 
 
-class StateCopy:
+class StateCopy(Listener):
     """Writes the copy while a search runs; ``mend`` puts it in the place of torn files before one is taken up."""
 
     def __init__(self, folder: Folder, every_s: float = _EVERY_S) -> None:
         self._folder, self._every_s = folder, every_s
         self._last: float | None = None
         self._warned = False
-
-    def __enter__(self) -> StateCopy:
-        _writing.append(self)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        _writing.remove(self)
 
     # -- while a search runs -------------------------------------------------------------------------------------
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -84,21 +77,6 @@ class StateCopy:
                 "and there is no copy of it yet. Its trials' checkpoints are whole: load_from_checkpoint reads them"
             )
         return torn
-
-
-def as_callback(copy: StateCopy) -> Any:
-    """A callback of Tune's that passes on what the copy listens to."""
-    from ray import tune
-
-    calls = {name: staticmethod(getattr(copy, name)) for name in ("on_step_end", "on_experiment_end")}
-    # Tune keeps its callbacks with the search's state; a search that is taken up has a copy of its own.
-    return type("StateCopyCallback", (tune.Callback,), {**calls, "__reduce__": lambda self: (_present, ())})()
-
-
-def _present() -> Any:
-    from ray import tune
-
-    return as_callback(_writing[-1]) if _writing else tune.Callback()
 
 
 def _is_state(name: str) -> bool:

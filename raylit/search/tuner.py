@@ -151,7 +151,7 @@ class Tuner:
         from ray import tune
 
         from raylit.driver.storage_check import require_shared_folder
-        from raylit.search.display import SearchDisplay, as_callback
+        from raylit.search.display import SearchDisplay
         from raylit.search.trainable import trainable
 
         placement = self._config.placement
@@ -179,8 +179,7 @@ class Tuner:
         tune_config = dataclasses.replace(given, reuse_actors=True, **named)
         shown = self._config.fit.enable_progress_bar
         display = SearchDisplay(goal, self._total(given), watched(given, self._config.fit.callbacks), shown)
-        ours = [as_callback(display), state_copy.as_callback(copy_of_state)]
-        run_config.callbacks = [*(run_config.callbacks or []), *ours]
+        run_config.callbacks = [*(run_config.callbacks or []), display.as_callback(), copy_of_state.as_callback()]
         with cluster.quiet_settings(_ENVIRONMENT, "ray.tune", logging.CRITICAL), display, copy_of_state:
             if goes_on is not None:
                 copy_of_state.mend()
