@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from ray import tune
+from ray.tune.search import Searcher
 from torch.utils.data import DataLoader, TensorDataset
 
 import raylit
@@ -284,6 +285,32 @@ def test_the_same_script_goes_on_with_resume_auto(tmp_path: Path, capsys: pytest
     tuner().fit()
     again = capsys.readouterr().out  # nothing is left to do
     assert "trial " not in again and said[said.index("best of 2 trials") :] == again[again.index("best of 2 trials") :]
+
+
+class Halves(Searcher):
+    """As Ax-like searchers: the next rate is half of the one whose result it has heard."""
+
+    def __init__(self) -> None:
+        super().__init__(metric="val_loss", mode="min")
+        self.heard: list[float] = []
+        self._rate = 0.08
+
+    def suggest(self, trial_id: str) -> Any:
+        return {"lr": self._rate}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        assert result is not None and not error
+        self.heard.append(result["val_loss"])
+        self._rate /= 2
+
+
+def test_a_searcher_hears_of_each_trial_before_it_suggests_the_next(tmp_path: Path) -> None:
+    searcher = Halves()
+    config = tune.TuneConfig(num_samples=3, max_concurrent_trials=1, search_alg=searcher)
+    results = search(tmp_path, {}, tune_config=config).fit()
+    assert not results.errors and [result.config["lr"] for result in results] == [0.08, 0.04, 0.02]
+    assert searcher.heard == [result.metrics["val_loss"] for result in results]
+    assert [dict(Net.load_from_checkpoint(result.checkpoint).hparams)["lr"] for result in results] == [0.08, 0.04, 0.02]
 
 
 def _conditional(trial: Any) -> None:
