@@ -165,5 +165,5 @@ def test_storage_is_the_claim_and_health_checks_are_ours(path: Path) -> None:
         assert {"name": "RAYLIT_STORAGE", "value": container["volumeMounts"][0]["mountPath"]} in container["env"]
     given = {each["name"]: each["value"] for each in pods_of(path)[0]["containers"][0]["env"]}
     assert given["RAY_health_check_failure_threshold"] == "3"
-    assert given["RAY_health_check_timeout_ms"] == "2000"
+    assert given["RAY_health_check_timeout_ms"] == "1000"
     assert given["RAY_health_check_period_ms"] == "1000"

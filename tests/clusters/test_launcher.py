@@ -130,7 +130,7 @@ def test_no_file_lets_the_cloud_open_its_ports() -> None:
 @by_name
 def test_the_head_gives_up_a_silent_host_soon(path: Path) -> None:
     (head,) = (command for command in commands(read(path)) if "ray start --head" in command)
-    for setting in ("failure_threshold=3", "timeout_ms=2000", "period_ms=1000"):
+    for setting in ("failure_threshold=3", "timeout_ms=1000", "period_ms=1000"):
         assert f"RAY_health_check_{setting}" in head
     assert all("--object-store-memory=" in command for command in commands(read(path)) if "ray start" in command)
 
