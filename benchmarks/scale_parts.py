@@ -42,6 +42,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ def notes(workers: int) -> None:
     with tempfile.TemporaryDirectory() as at:
         folder = Folder(at)
         written = Store(folder).write_part("c", file_name(0), {"random": random_state(torch.device("cpu"))})
-        note = json.dumps({"size_bytes": written.size_bytes, "sha256": written.sha256}).encode()
+        note = json.dumps(asdict(written)).encode()
         names = [f"c/{file_name(rank)}.0123abcd.json" for rank in range(1, workers)]
         for name in names:
             folder.write_small(name, note)

@@ -7,7 +7,7 @@
                     manifest.json     what the others are: written last, deleted first
 
 A checkpoint is there from the moment its manifest is, and gone from the moment its manifest is: what lies in a folder
-without one was interrupted. The manifest has each file's size and SHA-256, so that damage is found and named.
+without one was interrupted. The manifest has each file's size and checksum, so that damage is found and named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from raylit.checkpoint.folder import Folder, Hashed, Written
 from raylit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2  # 1 had SHA-256 of the files: read, no longer written
 # What a save that was cut short leaves: files of ours, and no manifest.
 _OWN = re.compile(r"(model\.ckpt|rank_\d{5}\.ckpt|rank_\d{5}\.ckpt\..*\.json)(\.partial)?|manifest\.json\.partial")
 
@@ -81,8 +81,8 @@ class Manifest:
                 raise CheckpointError(f"schema {plain['schema']} is of a newer raylit")
             known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
             known["metrics"] = {name: float(value) for name, value in plain["metrics"].items()}
-            known["files"] = {name: Written(**entry) for name, entry in plain["files"].items()}
-            return cls(**known)
+            known["files"] = {name: _written(entry) for name, entry in plain["files"].items()}
+            return cls(**{**known, "schema": SCHEMA})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from None
 
@@ -142,7 +142,7 @@ class Store:
             elif size != file.size_bytes:
                 what = "truncated" if size < file.size_bytes else "altered"
                 wrong.append(f"{name} is {what}: {size} bytes, not {file.size_bytes}")
-            elif deep and self.folder.sha256(at) != file.sha256:
+            elif deep and not self.folder.agrees(at, file.checksum):
                 wrong.append(f"{name} is altered: its checksum is another")
         return tuple(wrong)
 
@@ -201,6 +201,11 @@ class Store:
         """Delete a checkpoint: it is gone with its manifest, and then its files go."""
         self.folder.delete_file(f"{name}/{MANIFEST}")
         self.folder.delete_folder(name)
+
+
+def _written(entry: Mapping[str, Any]) -> Written:
+    old = entry.get("sha256")
+    return Written(**entry) if old is None else Written(entry["size_bytes"], f"sha256:{old}")
 
 
 def worse_last(score: float | None, mode: str) -> float:

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from raylit.checkpoint.content import FILE_NAME, weights_of
@@ -123,7 +123,7 @@ class Writer:
             mine = file_name(self._rank)
             files[mine] = store.write_part(name, mine, snapshot.own)
             if self._rank != 0:
-                self._leave_note(job, {"size_bytes": files[mine].size_bytes, "sha256": files[mine].sha256})
+                self._leave_note(job, asdict(files[mine]))
             elif self._world_size > 1:
                 files |= self._notes(job)
         if self._rank == 0:

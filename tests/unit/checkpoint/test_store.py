@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,7 +166,27 @@ def test_nothing_is_left_beside_the_files_and_no_part_is_ever_visible(tmp_path: 
 
     written = store.folder.write("c/file", serialise)
     assert seen == [["file.partial"]] and os.listdir(tmp_path / "c") == ["file"]
-    assert (written.size_bytes, written.sha256) == (6, store.folder.sha256("c/file"))
+    assert (written.size_bytes, written.checksum) == (6, f"xxh3_128:{xxhash.xxh3_128(b'abcdef').hexdigest()}")
+    assert store.folder.agrees("c/file", written.checksum)
+
+
+def test_checksums_of_old_manifests_are_checked_and_unknown_ones_hold_for_nothing(tmp_path: Path) -> None:
+    store = Store(Folder(str(tmp_path)))
+    save(store, "c", 1)
+    content, text = (tmp_path / "c/model.ckpt").read_bytes(), (tmp_path / "c" / MANIFEST).read_text()
+    plain = json.loads(text)
+    assert plain["files"]["model.ckpt"] == {
+        "size_bytes": len(content), "checksum": f"xxh3_128:{xxhash.xxh3_128(content).hexdigest()}"}  # fmt: skip
+    old = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    plain |= {"schema": 1, "files": {"model.ckpt": old}}
+    (tmp_path / "c" / MANIFEST).write_text(json.dumps(plain))
+    assert store.newest() is not None
+    (tmp_path / "c/model.ckpt").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (manifest,) = store.manifests()
+    assert store.faults(manifest) == ("model.ckpt is altered: its checksum is another",)
+    (tmp_path / "c/model.ckpt").write_bytes(content)
+    (tmp_path / "c" / MANIFEST).write_text(text.replace("xxh3_128:", "crc0:"))
+    assert store.newest() is None
 
 
 def test_a_fault_of_torchs_writer_is_told_as_the_disks(tmp_path: Path) -> None:
