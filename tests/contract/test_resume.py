@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import raylit
+from raylit.precision import Float16Mixed
 from raylit.stage import SafePoint
 from tests.contract.resuming import (
     FEATURES,
@@ -262,3 +263,27 @@ def test_precision(precision: str) -> None:
             return self.loss(batch)
 
     check_every_point(Cast, shuffled(), max_epochs=2, precision=precision, accumulate_grad_batches=2)
+
+
+class Overflows(Net):
+    """The gradients of each epoch's second batch are not finite: that step is left out, and the scale is halved."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch) * (torch.inf if batch_idx == 1 else 1.0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_scale_of_16_mixed_and_its_count_of_good_steps(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's scaler has a form for CPUs, on which a Trainer refuses this precision: here it stands in for a GPU's."""
+
+    def scaled(name: str, device_type: str) -> Any:
+        precision = Float16Mixed(device_type, init_scale=4.0)
+        precision._scaler.set_growth_interval(3)
+        return precision
+
+    monkeypatch.setattr("raylit.assemble.make_precision", scaled)
+    whole = check_every_point(Overflows, shuffled(), max_epochs=3, accumulate_grad_batches=accumulate)
+    state = whole.end.common["raylit"]["precision"]
+    # Four batches an epoch. One by one: good, bad, good, good; the third good one in a row doubles the scale again, and
+    # two are counted at the end. Two by two: bad, good; so 4, 2, 1, 0.5, and one is counted.
+    assert (state["scale"], state["_growth_tracker"]) == ((2.0, 2) if accumulate == 1 else (0.5, 1))
