@@ -75,7 +75,7 @@ def _ask_nodes(actors: NodeActors, answer_s: float) -> tuple[list[Row], dict[str
 
     gcs = str(ray.get_runtime_context().gcs_address)
     each: list[tuple[Any, ...] | None] = [(n.temp_folder, [m for m in (n.session, gcs) if m]) for n in actors.nodes]
-    answers = actors.ask(node.facts, each=each, within_s=answer_s)
+    answers = actors.ask(node.facts, each=each, within_s=answer_s, modules=node.MODULES)
     rows, facts = list[Row](), dict[str, dict[str, Any]]()
     for asked, answer in zip(actors.nodes, answers, strict=True):
         if isinstance(answer, NoAnswer):
@@ -276,8 +276,10 @@ def _reduced(ranks: NodeActors, backend: str) -> list[Rank]:
     port = ranks.ask(node.free_port, host, each=[(), *[None] * (world - 1)], within_s=_REACH_S)[0]
     if isinstance(port, NoAnswer):
         return [Rank(ranks.nodes[0].name, fault=port.reason), *[Rank(each.name) for each in ranks.nodes[1:]]]
-    answers = ranks.ask(node.all_reduce, host, port, world, backend, _GROUP_S, each=[(rank,) for rank in range(world)],
-                        within_s=_GROUP_S + 5.0)  # fmt: skip
+    apart = len({each.id for each in ranks.nodes}) > 1
+    answers = ranks.ask(node.all_reduce, host, port, world, apart, backend, _GROUP_S,
+                        each=[(rank,) for rank in range(world)], within_s=_GROUP_S + 5.0,
+                        modules=node.MODULES)  # fmt: skip
     failed = [isinstance(answer, NoAnswer) for answer in answers]
     stages = ranks.ask(node.stage, each=[() if bad else None for bad in failed], within_s=_REACH_S)
     return [

@@ -1,7 +1,7 @@
 """What each node does when a cluster is examined: say what it has, listen, reach the others, all-reduce. On the node.
 
 Shipped as it is here (``raylit/driver/each_node.py``), to nodes on which raylit may be missing or another one: nothing
-of raylit's is imported, but to ask for its version. All answers are plain values.
+of raylit's is imported there, but to ask for its version. All answers are plain values.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from raylit.worker.interface import VARIABLE, interface_for_gloo, name_interface
+
+MODULES = (interface_for_gloo.__module__,)  # what has to be shipped along with ``facts`` and ``all_reduce``
 SMALL_BYTES, LARGE_BYTES = 4, 25 * 1000 * 1000  # a flag, and the bucket that torch's DDP sends at once (25 MB)
 _SMALL_ROUNDS, _LARGE_ROUNDS, _WARM_ROUNDS = 50, 3, 3
 _REACH_S = 3.0  # for one connection: a packet that a firewall drops is never answered
@@ -55,7 +58,8 @@ def facts(kept: dict[str, Any], temp_folder: str, marks: Sequence[str]) -> dict[
         "auth_mode": os.environ.get("RAY_AUTH_MODE", ""),
         "listening": listening(marks),
         "resolves_to": _own_name_resolves_to(),
-        "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
+        # What a run has here too: named by whoever started Ray, or by raylit where the host's own name misleads.
+        "gloo_interface": os.environ.get(VARIABLE) or interface_for_gloo() or "",
     }
 
 
@@ -336,14 +340,15 @@ def stage(kept: dict[str, Any]) -> str:
 
 
 def all_reduce(
-    kept: dict[str, Any], host: str, port: int, world_size: int, backend: str, timeout_s: float, rank: int
+    kept: dict[str, Any], host: str, port: int, world_size: int, apart: bool, backend: str, timeout_s: float, rank: int
 ) -> dict[str, float]:
     """Join a process group and time its all-reduce; return median seconds ``{"small_s": ..., "large_s": ...}``.
 
-    Raises what torch raises, and ValueError where a sum is wrong.
+    ``apart``: the ranks are on several nodes. Raises what torch raises, and ValueError where a sum is wrong.
     """
     kept["stage"] = f"meeting rank 0 at {host}:{port}"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=host, MASTER_PORT=str(port))
+    name_interface(apart)  # as a run's workers do
     import torch
     import torch.distributed as dist
 

@@ -199,6 +199,7 @@ def _fit(job: Job, scaling: ray.train.ScalingConfig, run: ray.train.RunConfig, w
     """Ray Train's ``fit``, with its handling of Ctrl-C turned into a KeyboardInterrupt."""
     from ray.train.torch import TorchTrainer
 
+    from raylit.driver.process_group import torch_config
     from raylit.worker.entry import train_loop
 
     config = {
@@ -215,7 +216,10 @@ def _fit(job: Job, scaling: ray.train.ScalingConfig, run: ray.train.RunConfig, w
             # Ray 2.60 copies its own deprecated settings at each fit; none of the user's code runs in this process.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
-            trainer = TorchTrainer(train_loop, train_loop_config=config, scaling_config=scaling, run_config=run)
+            trainer = TorchTrainer(
+                train_loop, train_loop_config=config, torch_config=torch_config(), scaling_config=scaling,
+                run_config=run,
+            )  # fmt: skip
             return trainer.fit()
     except SystemExit:
         # On SIGINT Ray Train's handler aborts the run, waits until its workers are gone, and calls sys.exit(0):

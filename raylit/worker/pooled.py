@@ -10,6 +10,7 @@ import socket
 
 from raylit.wire import Job, World
 from raylit.worker.entry import node_name, run_job
+from raylit.worker.interface import name_interface
 
 
 class PooledWorker:
@@ -42,6 +43,7 @@ class PooledWorker:
             LOCAL_WORLD_SIZE=str(world.local_world_size),
             NODE_RANK=str(world.node_rank),
         )
+        name_interface(apart=world.local_world_size < world.world_size)
         if torch.cuda.is_available():
             torch.cuda.set_device(0)
         dist.init_process_group(backend, rank=world.global_rank, world_size=world.world_size)

@@ -12,11 +12,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cluster.apart import may_make_networks, network
 from tests.cluster.hosts import Cluster, environment_of
+from tests.cluster.wrong import WrongCluster
 
 NODES = int(os.environ.get("RAYLIT_TEST_NODES", "2"))
 WORKERS = int(os.environ.get("RAYLIT_TEST_WORKERS", "2"))  # of each
@@ -44,7 +47,8 @@ SCRIPT = """
         def tell(self, stage):
             ranks = [self.global_rank, self.local_rank, self.node_rank, self.world_size]
             where = {"node": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
-            print("TOLD", json.dumps({"stage": stage, "ranks": ranks, "pid": os.getpid(), **where}))
+            gloo = os.environ.get("GLOO_SOCKET_IFNAME")
+            print("TOLD", json.dumps({"stage": stage, "ranks": ranks, "pid": os.getpid(), "gloo": gloo, **where}))
 
         def on_fit_start(self):
             self.tell("fit")
@@ -90,19 +94,23 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What the script printed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "train.py").write_text(textwrap.dedent(SCRIPT))
-    settings = {
-        "RAYLIT_TEST_NODES": str(NODES), "RAYLIT_TEST_WORKERS": str(WORKERS),
-        "RAYLIT_TEST_STORAGE": str(folder / "results"),
-    }  # fmt: skip
-    with environment_of(**settings) as environment, Cluster(environment) as cluster:
+    with environment_of() as environment, Cluster(environment) as cluster:
         for _ in range(NODES - 1):
             cluster.join()
-        run = subprocess.run(
-            [sys.executable, "train.py"], cwd=folder, env=cluster.driver_environment, capture_output=True, text=True,
-            timeout=TIMEOUT_S,
-        )  # fmt: skip
+        return printed(cluster, tmp_path_factory.mktemp("ranks"), NODES, WORKERS)
+
+
+def printed(cluster: Cluster, folder: Path, nodes: int, workers: int) -> list[str]:
+    """What the script prints on this cluster."""
+    (folder / "train.py").write_text(textwrap.dedent(SCRIPT))
+    settings = {
+        "RAYLIT_TEST_NODES": str(nodes), "RAYLIT_TEST_WORKERS": str(workers),
+        "RAYLIT_TEST_STORAGE": str(folder / "results"),
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "train.py"], cwd=folder, env={**cluster.driver_environment, **settings}, capture_output=True,
+        text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout.splitlines()
 
@@ -130,3 +138,20 @@ def test_the_ranks_reach_each_other_in_their_order(lines: list[str]) -> None:
     (fitted,), ((validated,),) = said(lines, "FIT"), said(lines, "VALIDATE")
     assert (fitted["seen_ranks"], fitted["seen_nodes"]) == (1.0, float(NODES))
     assert validated["samples"] == float(NODES * WORKERS)
+
+
+def test_hosts_whose_own_names_mean_loopback_to_them(tmp_path: Path, lines: list[str]) -> None:
+    """Ranks on hosts with networks of their own, where gloo, untold, listens where nobody else can connect."""
+    assert {each["gloo"] for each in said(lines, "TOLD")} == {None}  # above all of it is on loopback, and may stay so
+    if not may_make_networks():
+        pytest.skip("needs root, for network namespaces")
+    with network(1) as wire, environment_of(GLOO_SOCKET_IFNAME="") as environment:
+        head, other = wire.addresses
+        with WrongCluster(environment, at=head) as cluster:
+            # To it the machine's own name is an address that it has not got, or loopback.
+            cluster.join_inside(wire.inside(other), address=other)
+            told = said(printed(cluster, tmp_path, nodes=2, workers=1), "TOLD")
+    assert sorted((each["stage"], each["address"]) for each in told) == [
+        (stage, address) for stage in ("fit", "validate") for address in sorted([head, other])
+    ]
+    assert {each["gloo"] for each in told if each["address"] == other} == {"eth0"}

@@ -268,7 +268,6 @@ class Lab:
         """Give all hosts their names, users and keys. Call it once all are added, before the first is booted."""
         key = self.folder / "key"
         _keygen(key, "laptop")
-        names = "127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in self.hosts.values())
         for host in self.hosts.values():
             etc, ssh = host.folder / "etc", host.folder / "ssh"
             passwd = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith("root:")]
@@ -276,7 +275,10 @@ class Lab:
             (etc / "passwd").write_text("\n".join([f"root:x:0:0:root:{HOME}:/bin/bash", *passwd]) + "\n")
             (etc / "shadow").write_text("root:*:19000:0:99999:7:::\n")
             (etc / "shadow").chmod(0o600)
-            (etc / "hosts").write_text(names)
+            # As Debian's installer writes it: to the host itself, its own name stands for an address of loopback.
+            names = {"localhost": "127.0.0.1", **{each.name: each.address for each in self.hosts.values()}}
+            names[host.name] = "127.0.1.1"
+            (etc / "hosts").write_text("".join(f"{address} {name}\n" for name, address in names.items()))
             (etc / "hostname").write_text(f"{host.name}\n")
             (etc / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
             (etc / "cpus").write_text(f"0-{host.cpus - 1}\n" if host.cpus > 1 else "0\n")

@@ -106,7 +106,7 @@ def test_what_is_shipped_needs_no_raylit(tmp_path) -> None:
     import subprocess
 
     payload = tmp_path / "payload"
-    payload.write_bytes(shipped(node.facts, []))
+    payload.write_bytes(shipped(node.facts, node.MODULES))
     (tmp_path / "raylit.py").write_text("raise ImportError('broken')\n")
     code = (
         "import sys; from ray import cloudpickle\n"
