@@ -42,12 +42,13 @@ def test_the_script_is_one_for_bash_and_its_first_lines_are_for_slurm() -> None:
     asked = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
     # Slurm reads no further than the first command.
     assert asked and max(asked) < next(n for n, line in enumerate(lines) if line and not line.startswith("#"))
-    assert {"--exclusive", "--ntasks-per-node=1"} <= {lines[number].split()[1] for number in asked}
+    wanted = {"--exclusive", "--ntasks-per-node=1", "--open-mode=append"}
+    assert wanted <= {lines[number].split()[1] for number in asked}
 
 
 def test_without_a_script_or_a_token_it_says_so_and_starts_nothing(nodes: Nodes) -> None:
     nothing = nodes.run(SCRIPT, timeout_s=30)
-    assert nothing.returncode == 2 and "give the script" in nothing.stdout
+    assert nothing.returncode == 2 and "give the script: sbatch clusters/slurm.sbatch main.py" in nothing.stdout
     no_token = nodes.run(SCRIPT, "main.py", timeout_s=30)
     assert no_token.returncode == 2 and "raylit token raylit-slurm" in no_token.stdout
 
