@@ -23,7 +23,7 @@ def torch_config() -> ray.train.torch.TorchConfig:
     class Backend(rays_backend):  # type: ignore[misc]
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             if len(worker_group) > 1:
-                worker_group.execute(name_interface_under_train)  # one message to each, all at a time
+                worker_group.execute(name_interface_under_train)  # one message to all at a time, some ms
             super().on_start(worker_group, backend_config)
 
     class Config(TorchConfig):  # type: ignore[misc]

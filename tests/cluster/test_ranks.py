@@ -140,9 +140,9 @@ def test_the_ranks_reach_each_other_in_their_order(lines: list[str]) -> None:
     assert validated["samples"] == float(NODES * WORKERS)
 
 
-def test_hosts_whose_own_names_mean_loopback_to_them(tmp_path: Path, lines: list[str]) -> None:
+@pytest.mark.long
+def test_hosts_whose_own_names_mean_loopback_to_them(tmp_path: Path) -> None:
     """Ranks on hosts with networks of their own, where gloo, untold, listens where nobody else can connect."""
-    assert {each["gloo"] for each in said(lines, "TOLD")} == {None}  # above all of it is on loopback, and may stay so
     if not may_make_networks():
         pytest.skip("needs root, for network namespaces")
     with network(1) as wire, environment_of(GLOO_SOCKET_IFNAME="") as environment:
