@@ -36,6 +36,19 @@ def adapted(head: Host, workers: Sequence[Host], redis_at: str | None = None) ->
     return yaml.safe_dump(config, width=1000)
 
 
+def environment(host: Host, clone: str) -> None:
+    """Give a host an environment of the very versions, as of an image: ``install.sh`` finds nothing to do."""
+    made = Path(sys.prefix)
+    host.run(f"""
+        mkdir raylit-env && for part in bin lib pyvenv.cfg; do ln -s {made}/$part raylit-env/; done
+        mkdir -p .local/bin && ln -s {Path(sys.base_prefix)}/bin/python3.* .local/bin/
+        echo 'export PATH=~/.local/bin:"$PATH"' >.bashrc
+        # A host says how many CPUs it has; the control group that Ray looks at is the machine's.
+        echo 'export RAY_USE_MULTIPROCESSING_CPU_COUNT=1' >>.bashrc
+    """)
+    host.run(f"RAYLIT_PYTHON={_python()} bash {clone}/clusters/install.sh --as-it-is examples")
+
+
 class OnPrem:
     """What a person does on the laptop. The clone of raylit is the working directory of all commands."""
 
@@ -46,17 +59,8 @@ class OnPrem:
 
     def furnish(self) -> None:
         """Give the hosts what they have before anybody thinks of Ray, and the laptop its file, key and token."""
-        environment = Path(sys.prefix)
         for host in self.lab.hosts.values():
-            # An environment of the very versions, such as an image may have: the set-up commands find nothing to do.
-            host.run(f"""
-                mkdir raylit-env && for part in bin lib pyvenv.cfg; do ln -s {environment}/$part raylit-env/; done
-                mkdir -p .local/bin && ln -s {Path(sys.base_prefix)}/bin/python3.* .local/bin/
-                echo 'export PATH=~/.local/bin:"$PATH"' >.bashrc
-                # A host says how many CPUs it has; the control group that Ray looks at is the machine's.
-                echo 'export RAY_USE_MULTIPROCESSING_CPU_COUNT=1' >>.bashrc
-            """)
-            host.run(f"RAYLIT_PYTHON={_python()} bash {ROOT}/clusters/install.sh --as-it-is examples")
+            environment(host, str(ROOT))
         redis_at = f"{self.laptop.address}:{_REDIS_PORT}" if self._redis_behind else None
         self.laptop.write(FILE, adapted(self.head, self.workers, redis_at))
         self.laptop.run(f"ssh -o StrictHostKeyChecking=accept-new {self.head.address} true && raylit token {NAME}")
