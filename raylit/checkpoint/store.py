@@ -177,6 +177,11 @@ class Store:
                 damaged.append(Found(manifest.name, manifest, faults))
         return None
 
+    def begun(self, name: str) -> bool | None:
+        """Whether a folder has a checkpoint's files in it, of a whole one or not; None where it is empty."""
+        files = self.folder.files(name)
+        return any(file == MANIFEST or _OWN.fullmatch(file) for file in files) if files else None
+
     # -- writing -------------------------------------------------------------------------------------------------
     def write_part(self, name: str, file: str, content: Mapping[str, Any]) -> Written:
         """Write one file of a checkpoint that has no manifest yet; plain values and tensors on the CPU."""

@@ -251,7 +251,7 @@ def test_a_uri_may_hold_options_wherever_a_checkpoint_is_named(server: Server, b
     name = store.manifests()[1].name
     uri = server.uri(f"{bucket}/runs/run/checkpoints/{name}")
     assert fit_on(uri).global_step == 3 * BATCHES
-    listed = store_of_run(server.uri(f"{bucket}/runs/run"))
+    listed, _ = store_of_run(server.uri(f"{bucket}/runs/run"))
     assert [each.name for each in listed.manifests()] == [each.name for each in store.manifests()]
     assert SECRET not in listed.folder.path
 

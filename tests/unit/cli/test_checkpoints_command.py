@@ -68,6 +68,31 @@ def test_one_clear_line_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureF
         assert out == "" and error.startswith("raylit checkpoints: ") and words in error and error.count("\n") == 1
 
 
+def test_the_folder_of_one_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints", str(run / "checkpoints" / "epoch=0-step=5"), "--verify"]) == 0
+    head, _, row = capsys.readouterr().out.rstrip().splitlines()
+    assert head.strip() == str(run / "checkpoints") and row.split()[0] == "epoch=0-step=5"
+
+
+def test_what_is_no_run_is_not_called_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a storage with runs in it, nor any other folder, nor none at all."""
+    (run.parent / "notes").mkdir()
+    (run.parent / "notes" / "todo.txt").write_text("buy milk")
+    (run.parent / "empty").mkdir()
+    for argument, words in (
+        (run.parent, f"{run.parent} is no run, it holds one: raylit checkpoints {run}"),
+        (run.parent / "notes", f"there are no checkpoints in {run.parent / 'notes'}"),
+        ("", "name a run: its folder, its URI, or its name in the storage"),
+        (" ", "name a run: its folder, its URI, or its name in the storage"),
+    ):
+        assert main(["checkpoints", str(argument)]) == 2
+        assert capsys.readouterr().err == f"raylit checkpoints: {words}\n"
+    (run / "checkpoints" / "pictures").mkdir()
+    (run / "checkpoints" / "pictures" / "a.png").write_text("")
+    assert main(["checkpoints", str(run)]) == 0
+    assert "pictures" not in capsys.readouterr().out
+
+
 def test_help_is_quick_and_complete() -> None:
     code = "import sys; from raylit.cli import main\ntry: main(['--help'])\nfinally: print('rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
