@@ -27,7 +27,9 @@ place=$HOME/raylit-env
 say() { echo "install.sh: $*" >&2; }
 fail() { say "$@"; exit 1; }
 
-command -v "$python" >/dev/null || fail "$python was not found on $(hostname); name another: RAYLIT_PYTHON=python3.11"
+# By running it: pyenv's shims are there for Pythons that are not.
+"$python" -c '' >/dev/null 2>&1 \
+  || fail "$python was not found on $(hostname), or does not run; install it, or name another: RAYLIT_PYTHON=python3.11"
 for file in constraints.txt pyproject.toml README.md LICENSE raylit; do
   test -e "$source_of/$file" || fail "$source_of/$file is missing: run it from a clone of raylit, or send that too"
 done
@@ -61,9 +63,12 @@ fi
 
 # Debian and Ubuntu keep venv in a package of its own. A fresh cloud host may still hold the package lock for minutes.
 if ! "$python" -m ensurepip --version >/dev/null 2>&1; then
-  say "installing $(basename "$python")-venv"
-  sudo DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 update
-  sudo DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 install -y "$(basename "$python")-venv"
+  package=$(basename "$python")-venv
+  say "installing $package"
+  as_root() { if [ "$(id -u)" = 0 ]; then env "$@"; else sudo -n "$@"; fi; } # -n: nobody is there to type a password
+  apt=(DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600)
+  { as_root "${apt[@]}" update && as_root "${apt[@]}" install -y "$package"; } \
+    || fail "$package is missing on $(hostname), and could not be installed; run there: sudo apt-get install -y $package"
 fi
 
 say "installing into $place; the first time this takes some minutes"

@@ -101,6 +101,51 @@ def test_install_refuses_what_it_cannot_do(tmp_path: Path, extras: str, more: di
     assert not (tmp_path / "raylit-env").exists()
 
 
+# A Python as Debian has it, without ensurepip; and one that ends where the environment would be made.
+BARE_PYTHON = """#!/usr/bin/env bash
+case "$*" in *ensurepip*) exit 1 ;; *'-m venv'*) exit 7 ;; esac
+exec python3 "$@"
+"""
+NOTE = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >>"$HOME/asked"\n'
+
+
+def stand_in(home: Path, name: str, text: str) -> None:
+    (home / "tools").mkdir(exist_ok=True)
+    (home / "tools" / name).write_text(text)
+    (home / "tools" / name).chmod(stat.S_IRWXU)
+
+
+def test_install_says_where_a_python_does_not_run(tmp_path: Path) -> None:
+    stand_in(tmp_path, "python3.99", "#!/bin/sh\necho 'pyenv: python3.99: command not found' >&2\nexit 127\n")
+    refused = run(tmp_path, "install.sh", RAYLIT_PYTHON="python3.99")
+    (line,) = refused.stderr.splitlines()
+    assert refused.returncode == 1 and line.startswith(f"install.sh: python3.99 was not found on {os.uname().nodename}")
+
+
+def test_install_asks_for_no_password_and_says_what_to_run_where_it_would_need_one(tmp_path: Path) -> None:
+    stand_in(tmp_path, "python3.99", BARE_PYTHON)
+    stand_in(tmp_path, "id", "#!/bin/sh\necho 1000\n")
+    stand_in(tmp_path, "sudo", f"{NOTE}echo 'sudo: a password is required' >&2\nexit 1\n")
+    refused = run(tmp_path, "install.sh", RAYLIT_PYTHON="python3.99")
+    assert refused.returncode == 1
+    assert asked(tmp_path) == ["sudo -n DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 update"]
+    assert refused.stderr.splitlines()[-1] == (
+        f"install.sh: python3.99-venv is missing on {os.uname().nodename}, and could not be installed; "
+        "run there: sudo apt-get install -y python3.99-venv"
+    )
+
+
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_install_gets_the_package_that_debian_keeps_venv_in(tmp_path: Path, user: str) -> None:
+    stand_in(tmp_path, "python3.99", BARE_PYTHON)
+    stand_in(tmp_path, "id", f"#!/bin/sh\necho {user}\n")
+    stand_in(tmp_path, "apt-get", NOTE)
+    stand_in(tmp_path, "sudo", '#!/bin/sh\n[ "$1" = -n ] && shift && exec env "$@"\n' if user != "0" else "exit 1\n")
+    assert run(tmp_path, "install.sh", RAYLIT_PYTHON="python3.99").returncode == 7
+    options = "apt-get -qq -o DPkg::Lock::Timeout=600"
+    assert asked(tmp_path) == [f"{options} update", f"{options} install -y python3.99-venv"]
+
+
 def test_install_wants_a_clone(tmp_path: Path) -> None:
     alone = tmp_path / "clusters" / "install.sh"
     alone.parent.mkdir()
