@@ -90,7 +90,8 @@ def launch(
     with open_channel(on_event) as channel, cluster.run_settings(scaling.max_workers):
         sent = dataclasses.replace(job, channel=channel.address if channel else None)
         try:
-            result = _fit(stored(sent), scaling, run, worker_main)
+            with waiting.start(scaling.max_workers, lambda: channel is None or channel.workers, say):
+                result = _fit(stored(sent), scaling, run, worker_main)
             return Launched(outcome=_outcome(result, run), result=result)
         except KeyboardInterrupt:
             error = KeyboardInterrupt()

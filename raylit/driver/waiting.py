@@ -1,4 +1,6 @@
-"""Waiting for a cluster's resources, told in one line now and then. Floor 5, driver; imports Ray inside functions only.
+"""Waiting for a cluster's resources, and for workers to start, told in one line now and then. Floor 5, driver.
+
+Ray is imported inside functions only.
 
 Ray Train waits for a minute without a word, and then fails. So raylit asks for the room itself, before Ray Train does:
 a placement group of all workers, which an autoscaler takes for what it is, a request. It is given back when it is met.
@@ -11,6 +13,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from raylit.errors import ResourceError
 
 TELL_S = 10.0  # waiting is told after this long, then at twice the time, and so on
 _MOST_S = 300.0  # between two lines
+_START_S = 30.0  # the first line about workers that start; Python, torch and Ray take 5 to 20 s to load
 _GRACE_S = 300.0  # for a host that was lost, and may be booting, on a cluster that nobody adds nodes to
 _STATUS_S = 20.0  # for ``ray status``
 
@@ -58,6 +62,31 @@ def room(asked: Asked, say: Callable[[str], None], timeout_s: float | None = Non
     finally:
         with contextlib.suppress(Exception):  # the connection may be gone, and all requests with it
             remove_placement_group(group)
+
+
+@contextlib.contextmanager
+def start(workers: int, there: Callable[[], object], say: Callable[[str], None]) -> Iterator[None]:
+    """While the context is open, and until a worker is ``there``: ``say`` a line now and then that they start."""
+    ended = threading.Event()
+    watch = threading.Thread(target=tell_of_start, args=(workers, there, say, ended.wait), name="raylit-start",
+                             daemon=True)  # fmt: skip
+    watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.join()
+
+
+def tell_of_start(workers: int, there: Callable[[], object], say: Callable[[str], None],
+                  ended: Callable[[float], bool]) -> None:  # fmt: skip
+    """As ``start``; ``ended`` waits for so many seconds and returns whether the end has come."""
+    waited, pause_s = 0.0, _START_S
+    while not ended(pause_s) and not there():
+        waited += pause_s
+        who = f"{workers} workers have" if workers != 1 else "the worker has"
+        say(f"{who} a place; Python, torch and Ray are loading, and the workers meet; {_clock(waited)} so far")
+        pause_s = min(waited, _MOST_S)
 
 
 def wait_for(met: Callable[[], bool], asked: Asked, say: Callable[[str], None], timeout_s: float | None = None,

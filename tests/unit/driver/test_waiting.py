@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from raylit.driver import cluster, waiting
 from raylit.driver.fitting import beyond_growth, fitting, misfit
-from raylit.driver.waiting import Asked, autoscaler_says, line, wait_for
+from raylit.driver.waiting import Asked, autoscaler_says, line, start, tell_of_start, wait_for
 from raylit.errors import ResourceError
 
 GPU = Asked(4, {"CPU": 1.0, "GPU": 0.5})
@@ -91,6 +92,28 @@ def test_nothing_is_said_of_a_moment(clock: Callable[[], float]) -> None:
     said: list[str] = []
     wait_for(met_after(9), GPU, said.append, None, clock)
     assert said == []
+
+
+def test_workers_that_start_are_told_of_until_one_is_there() -> None:
+    said, waited = [], []  # type: list[str], list[float]
+
+    def ended(pause_s: float) -> bool:
+        waited.append(pause_s)
+        return False
+
+    tell_of_start(2, lambda: sum(waited) > 1000, said.append, ended)
+    assert [line.partition(";")[0] for line in said] == ["2 workers have a place"] * 6
+    assert [line.rpartition("; ")[2] for line in said] == [
+        "30 s so far", "60 s so far", "2 min so far", "4 min so far", "8 min so far", "13 min so far"]  # fmt: skip
+    assert waited == [30, 30, 60, 120, 240, 300, 300]
+
+
+def test_a_start_that_is_over_leaves_no_thread_and_no_line() -> None:
+    said: list[str] = []
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), start(1, lambda: False, said.append):
+        raise KeyboardInterrupt
+    assert said == [] and threading.active_count() == before
 
 
 def test_it_ends_after_the_time_that_was_given(clock: Callable[[], float]) -> None:
