@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
-from raylit.driver import cluster
+from raylit.driver import cluster, entrance
 from raylit.errors import ConfigError
 
 _STATUS_S = 30.0
@@ -30,9 +30,10 @@ def join(address: str | None) -> bool:
     named = address or os.environ.get("RAY_ADDRESS") or ""
     if named and named not in ("auto", "local"):
         _must_answer(named)
+        entrance.must_let_in(named)
         refused, said = _outcome(_status(named, dict(os.environ)))
         if refused:
-            raise ConfigError(_wrong_token(named))
+            raise ConfigError(entrance.refusal(named, has_token=entrance.has_token()))
         if refused is None and "version mismatch" in said:
             raise ConfigError(
                 f"{named}: {said}; install the cluster's version here, or run this on one of its machines"
@@ -47,10 +48,13 @@ def join(address: str | None) -> bool:
     with _hushed() as told:
         try:
             cluster.connect()
+        except ConfigError:
+            raise
         except (RuntimeError, ValueError, OSError) as error:
             said = _read(told)
             if any(word in said or word in str(error) for word in _REFUSED):
-                raise ConfigError(_wrong_token(named or "the running Ray")) from None
+                where = named or "the running Ray"
+                raise ConfigError(entrance.refusal(where, has_token=entrance.has_token())) from None
             raise ConfigError(f"{named or 'Ray on this machine'}: {_sentence(error)}") from None
     return bool(named) and named != "local"
 
@@ -101,28 +105,13 @@ def _must_answer(address: str) -> None:
     _, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--address {address}: give HOST:PORT of the cluster's head, usually port 6379, or auto")
-    cluster.must_answer(address)
+    entrance.must_answer(address)
 
 
 def _ray_version() -> str:
     import ray
 
     return str(ray.__version__)
-
-
-def _wrong_token(address: str) -> str:
-    has = "the token here is another one" if _has_token() else "there is no token here"
-    return (
-        f"{address} refuses this machine: it asks for a token, and {has}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
-        "or RAY_AUTH_TOKEN_PATH, or put the cluster's token into ~/.ray/auth_token"
-    )
-
-
-def _has_token() -> bool:
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        return False
-    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return bool(named) or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
 
 
 def _sentence(error: BaseException) -> str:

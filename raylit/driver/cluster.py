@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,10 @@ from typing import Any
 import yaml
 
 from raylit.driver import shipping
+from raylit.driver.entrance import must_answer, must_let_in, running_here
 from raylit.driver.fitting import beyond_growth, misfit
 from raylit.driver.project import script_base
-from raylit.errors import ConfigError, ResourceError
+from raylit.errors import ResourceError
 from raylit.wire import ClusterCpus
 
 # How often the controller asks the workers how they are, at the least: the end of a run, or a failure, is seen after
@@ -40,7 +40,6 @@ _RUN_ENVIRONMENT = {
 }
 # Of the connection that was made last: at most one.
 _shipped: list[shipping.Shipped] = []
-_ANSWER_S = 5.0  # for a connection to the head of a cluster
 _LAUNCHERS_FILE = Path("~/ray_bootstrap_config.yaml")  # of `ray up`, on a head node
 # A process of its own that polls for announced node losses: of no use where the only node is the driver's own.
 _SINGLE_NODE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
@@ -55,7 +54,8 @@ def connect(runtime_env: Mapping[str, Any] | None = None) -> bool:
     ``raylit.worker.entry``), so nothing is shipped. Where the cluster has other nodes, or may get some, the project of
     the running script is shipped as Ray's ``working_dir`` (see ``raylit.driver.project``), unless ``runtime_env`` or
     the job's own runtime environment (``raylit submit``, ``ray job submit --working-dir``) names one. In a notebook,
-    and for a script in a home folder, nothing is shipped. ConfigError where the project is too large for it.
+    and for a script in a home folder, nothing is shipped. ConfigError where the project is too large for it,
+    and where nobody answers at an address or the head refuses our token.
     """
     with _quiet_of_lost_nodes():
         import ray
@@ -65,6 +65,9 @@ def connect(runtime_env: Mapping[str, Any] | None = None) -> bool:
     named = os.environ.get("RAY_ADDRESS", "")
     if ":" in named and "://" not in named:
         must_answer(named)
+        must_let_in(named)
+    elif named in ("", "auto") and (here := running_here()) is not None:
+        must_let_in(here, found=True)
     given = dict(runtime_env or {})
     _init(given)
     in_job = "working_dir" in shipping.job_environment()
@@ -80,21 +83,6 @@ def connect(runtime_env: Mapping[str, Any] | None = None) -> bool:
             _init(environment)
     _shipped[:] = [shipping.Shipped(_job_id(), how, folder)]
     return True
-
-
-def must_answer(address: str) -> None:
-    """Raise ConfigError where nobody listens at ``address``, ``HOST:PORT``. Ray itself waits for minutes there."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{address} is no address: give HOST:PORT of the cluster's head, usually port 6379, or auto")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
-    except OSError as error:
-        late = isinstance(error, TimeoutError)
-        reason = f"no answer within {_ANSWER_S:g} s" if late else error.strerror or str(error)
-        raise ConfigError(
-            f"nobody answers at {address} ({reason}); is Ray running on the head, and its port open to this machine?"
-        ) from None
 
 
 def shipped() -> shipping.Shipped | None:
