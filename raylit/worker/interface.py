@@ -9,7 +9,6 @@ nothing of raylit's is imported.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import ipaddress
 import os
 import socket
@@ -67,7 +66,7 @@ def gloo_is_deaf() -> bool:
 
 def interface_of(address: str) -> str | None:
     """The name of this host's interface with that address, as gloo understands it; None where none is found."""
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError, OSError, ImportError):
         wanted = ipaddress.ip_address(address)
         find = _with_ipv4 if wanted.version == 4 else _with_ipv6
         return find(wanted.packed)
@@ -75,6 +74,8 @@ def interface_of(address: str) -> str | None:
 
 
 def _with_ipv4(packed: bytes) -> str | None:
+    import fcntl  # Windows has none
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
