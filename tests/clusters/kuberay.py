@@ -212,6 +212,7 @@ SPECS: dict[tuple[str, str], Schema] = {
     ("ray.io/v1", "RayCluster"): CLUSTER,
     ("networking.k8s.io/v1", "NetworkPolicy"): POLICY,
     ("v1", "PersistentVolumeClaim"): CLAIM,
+    ("v1", "Pod"): POD,
 }
 
 

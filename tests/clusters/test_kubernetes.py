@@ -49,6 +49,14 @@ def test_every_manifest_is_one_of_its_kind(path: Path) -> None:
         check(manifest)
 
 
+@pytest.mark.parametrize("path", [RAY_JOB, RAY_CLUSTER, ONCE], ids=lambda path: path.name)
+def test_the_namespace_is_the_commands(path: Path) -> None:
+    assert not any("namespace" in manifest["metadata"] for manifest in yaml.safe_load_all(path.read_text()))
+    # Without -n a command would make these things in another place than the Secret and the claim.
+    commands = re.findall(r"^#   (kubectl .*)", path.read_text(), re.MULTILINE)
+    assert commands and all(" -n raylit " in each or "create namespace raylit" in each for each in commands)
+
+
 @pytest.mark.parametrize("path", BOTH, ids=lambda path: path.name)
 def test_it_is_one_to_kuberays_own_definition(path: Path) -> None:
     folder = os.environ.get("RAYLIT_KUBERAY_CRDS")
@@ -202,7 +210,9 @@ def test_a_manifest_of_another_version_is_refused() -> None:
 def test_rays_autoscaler_reads_the_cluster_as_it_is_meant() -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-    derived = _derive_autoscaling_config_from_ray_cr(read(RAY_CLUSTER))  # checks it with Ray's own schema, too
+    manifest = read(RAY_CLUSTER)
+    manifest["metadata"]["namespace"] = "raylit"  # as the cluster's server has it, by -n
+    derived = _derive_autoscaling_config_from_ray_cr(manifest)  # checks it with Ray's own schema, too
     head, worker = (derived["available_node_types"][name] for name in ("headgroup", "worker"))
     assert head["resources"]["CPU"] == 0
     assert (worker["min_workers"], worker["max_workers"]) == (0, 8)
@@ -282,14 +292,19 @@ def test_what_kuberay_sets_itself_is_not_set_here(path: Path) -> None:
         assert int(start["object-store-memory"]) <= int(limit.removesuffix("Gi")) * 2**30 / 4
 
 
-def test_only_the_operator_comes_in_from_another_namespace() -> None:
+def test_rays_pods_are_reached_by_each_other_and_their_dashboard_by_submitter_and_operator() -> None:
     policy = next(it for it in yaml.safe_load_all(ONCE.read_text()) if it["kind"] == "NetworkPolicy")
-    within, operator = policy["spec"]["ingress"]
-    assert policy["spec"]["podSelector"] == {} and policy["spec"]["policyTypes"] == ["Ingress"]
-    assert within == {"from": [{"podSelector": {}}]}
-    assert [port["port"] for port in operator["ports"]] == [8265]
-    (sender,) = operator["from"]
-    assert sender["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
+    within, dashboard = policy["spec"]["ingress"]
+    # KubeRay puts this label on heads and workers, and on no other pod: what else is in the namespace stays as it is.
+    ray_pods = {"matchLabels": {"ray.io/is-ray-node": "yes"}}
+    assert policy["spec"]["podSelector"] == ray_pods and policy["spec"]["policyTypes"] == ["Ingress"]
+    assert within == {"from": [{"podSelector": ray_pods}]}
+    assert [port["port"] for port in dashboard["ports"]] == [8265]
+    submitter, operator = dashboard["from"]
+    labels = read(RAY_JOB)["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    assert submitter == {"podSelector": {"matchLabels": labels}} and labels  # of this namespace only
+    assert operator["namespaceSelector"] == {}
+    assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
     # The dashboard is on loopback where the operator need not ask it.
     assert cluster_of(RAY_CLUSTER)["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
 
