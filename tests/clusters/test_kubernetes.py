@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.clusters.kuberay import complaints, schema_of, structural
-from tests.clusters.pins import CLUSTERS, pin
+from tests.clusters.pins import CLUSTERS, ROOT, pin
 
 RAY_JOB, RAY_CLUSTER, ONCE = (CLUSTERS / f"kubernetes{rest}.yaml" for rest in ("-rayjob", "-raycluster", "_once"))
 BOTH = [RAY_JOB, RAY_CLUSTER]
@@ -252,6 +252,19 @@ def test_no_pod_is_root_and_none_is_reached_from_outside(path: Path) -> None:
     assert head["automountServiceAccountToken"] == cluster.get("enableInTreeAutoscaling", False)
     assert not any(pod["automountServiceAccountToken"] for pod in workers)
     assert path != RAY_JOB or not submitter_of(path)["automountServiceAccountToken"]
+
+
+def test_the_pod_that_copies_runs_out_of_the_claim_is_one() -> None:
+    (text,) = re.findall(r"<<'END'\n(.*?)\nEND\n", (ROOT / "docs" / "clusters.md").read_text(), re.DOTALL)
+    manifest = yaml.safe_load(text)
+    check(manifest)
+    pod, (container,) = manifest["spec"], manifest["spec"]["containers"]
+    for rays in (pods_of(RAY_JOB)[0], pods_of(RAY_CLUSTER)[0]):
+        assert pod["volumes"] == rays["volumes"]
+        assert container["volumeMounts"] == [{**rays["containers"][0]["volumeMounts"][0], "readOnly": True}]
+        locks, more = rays["containers"][0]["securityContext"], pod["securityContext"]
+        assert {**more, **container["securityContext"]} == {**rays["securityContext"], **locks}  # reads what they wrote
+        assert container["image"] == rays["containers"][0]["image"].replace("CHANGE-ME", "REGISTRY")
 
 
 def test_a_job_has_an_end_and_takes_its_cluster_along() -> None:
