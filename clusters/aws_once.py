@@ -21,7 +21,7 @@ import sys
 from typing import Any
 
 import boto3
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ProfileNotFound
 
 NAME = "raylit"
 
@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bucket", required=True, help="its name; made unless it is yours already")
     parser.add_argument(
         "--ssh-from", required=True, type=allowed, metavar="ADDRESS",
-        help="yours, or a range such as 203.0.113.0/24; none: no port at all, for AWS's Session Manager",
+        help="yours (`curl https://checkip.amazonaws.com` prints it), or a range such as 203.0.113.0/24; "
+        "none: no port at all, for AWS's Session Manager",
     )  # fmt: skip
     parser.add_argument("--vpc", help="the VPC's id; else the region's default one")
     given = parser.parse_args(arguments)
@@ -44,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"aws_once.py: AWS refused: {error.response['Error']['Message']}", file=sys.stderr)
         return 1
     except BotoCoreError as error:  # no credentials, no way to AWS
-        print(f"aws_once.py: {error}", file=sys.stderr)
+        no_login = isinstance(error, (NoCredentialsError, ProfileNotFound))
+        step = "; run `aws configure`, or export AWS_PROFILE=NAME" if no_login else ""
+        print(f"aws_once.py: {error}{step}", file=sys.stderr)
         return 1
     print(f"(1) region: {given.region}, and one of its zones")
     print(f"(2) SecurityGroupIds: [{group}]")
@@ -61,7 +64,10 @@ def allowed(text: str) -> str | None:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no address; give yours, a range, or none") from None
     if network.prefixlen < (16 if network.version == 4 else 32):
-        raise argparse.ArgumentTypeError(f"{text} is half the world ({network.num_addresses} addresses); give your own")
+        size = f"{network.num_addresses} addresses" if network.prefixlen else "the whole world"
+        raise argparse.ArgumentTypeError(
+            f"{text} lets in {size}; give your own, as `curl https://checkip.amazonaws.com` prints it"
+        )
     return str(network)
 
 

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +169,27 @@ def test_what_is_made_once_is_closed_and_may_little(laptop: Laptop) -> None:
     assert none.returncode == 0 and laptop.open_to() == set()
 
 
-@pytest.mark.parametrize("wrong", ["0.0.0.0/0", "::/0", "10.0.0.0/8", "my-host"])
-def test_half_the_world_is_not_let_in(laptop: Laptop, wrong: str) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("0.0.0.0/0", "lets in the whole world; give your own"), ("::/0", "lets in the whole world; give your own"),
+        ("10.0.0.0/8", "lets in 16777216 addresses; give your own"), ("my-host", "'my-host' is no address; give yours"),
+    ],
+)  # fmt: skip
+def test_half_the_world_is_not_let_in(laptop: Laptop, wrong: str, told: str) -> None:
     refused = laptop.once("--bucket", BUCKET, "--ssh-from", wrong)
-    assert refused.returncode == 2 and wrong in refused.stderr and "give your" in refused.stderr
+    assert refused.returncode == 2 and wrong in refused.stderr and told in refused.stderr
     assert laptop.open_to() == set()
+
+
+@pytest.mark.parametrize("more", [{}, {"AWS_PROFILE": "not-there"}])
+def test_without_a_login_the_next_step_is_said(laptop: Laptop, more: dict[str, str]) -> None:
+    kept = {name: value for name, value in laptop.environment.items() if not name.startswith("AWS_")}
+    nobody = replace(laptop, environment={**kept, "AWS_EC2_METADATA_DISABLED": "true", **more})
+    refused = nobody.once("--bucket", BUCKET, "--ssh-from", ADDRESS)
+    assert refused.returncode == 1 and refused.stderr.startswith("aws_once.py: ")
+    assert refused.stderr.endswith("; run `aws configure`, or export AWS_PROFILE=NAME\n")
+    assert len(refused.stderr.splitlines()) == 1
 
 
 def test_what_aws_refuses_is_one_clear_line(laptop: Laptop) -> None:
