@@ -13,7 +13,13 @@ from raylit.errors import ConfigError
 
 def cluster_name(file: Path) -> str:
     """The file's ``cluster_name``. ConfigError where it has none, or is no such file."""
-    name = load(file).get("cluster_name")
+    content = load(file)
+    name = content.get("cluster_name")
+    if "apiVersion" in content and "kind" in content:
+        raise ConfigError(
+            f"{file} is for kubectl and has no cluster_name, as files of ray up have: raylit token raylit-k8s makes a "
+            "token for it, and the file's first lines say what then; jobs go to its dashboard, with --address"
+        )
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{file} has no cluster_name: a cluster's file begins with 'cluster_name: NAME'")
     return name
@@ -34,7 +40,8 @@ def load(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        # A file for kubectl may hold several documents: the first says enough.
+        content = next(yaml.safe_load_all(file.read_text(encoding="utf-8")), None)
     except FileNotFoundError:
         raise ConfigError(f"there is no file {file}") from None
     except (OSError, UnicodeDecodeError) as error:

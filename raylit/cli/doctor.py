@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -22,33 +23,51 @@ def add(parser: argparse.ArgumentParser) -> None:
         "from every node, the network between nodes, who may get in. Takes less than a minute."
     )
     parser.epilog = "Exit code 0: nothing is red. 1: something is. 2: it cannot be examined, one line says why."
+    parser.add_argument("cluster", nargs="?", metavar="CLUSTER.yaml", help="a cluster that ray up started: through a "
+                        "tunnel, it runs there as a job")  # fmt: skip
     parser.add_argument("--address", help="HOST:PORT of the cluster's head, auto, or http://HOST:8265 of its "
                         "dashboard (it runs there as a job); default RAY_ADDRESS, else this machine alone")  # fmt: skip
+    parser.add_argument("--token-file", metavar="FILE", help="with CLUSTER.yaml or http://...: the cluster's token; "
+                        "else that of CLUSTER.yaml, else as Ray finds it")  # fmt: skip
     parser.add_argument("--storage", metavar="URI", help="where runs are to be kept: a folder or URI; default "
-                        "~/ray_results")  # fmt: skip
+                        "RAYLIT_STORAGE where it runs, else ~/ray_results")  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="workers that are to train: is there room, and how do "
                         "N all-reduce; default one on each node, two on a single one")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="how long a node may take to "
                         "answer at first (30)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.set_defaults(run=lambda given: run(given.address, given.storage, given.workers, given.timeout, given.json))
+    parser.set_defaults(
+        run=lambda given: run(given.address, given.storage, given.workers, given.timeout, given.json, given.cluster,
+                              given.token_file)
+    )  # fmt: skip
 
 
-def run(address: str | None, storage: str | None, workers: int | None, timeout_s: float, as_json: bool) -> int:
+def run(
+    address: str | None, storage: str | None, workers: int | None, timeout_s: float, as_json: bool,
+    cluster: str | None = None, token_file: str | None = None,
+) -> int:  # fmt: skip
     """Examine and print; the exit code. Raises ConfigError where it cannot be examined."""
     from raylit.errors import ConfigError
 
+    if cluster is not None and not cluster.endswith((".yaml", ".yml")):
+        raise ConfigError(f"{cluster} is no CLUSTER.yaml, a file of ray up; HOST:PORT or http://... follow --address")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers}: give the number of workers that are to train, 1 or more")
     if not timeout_s > 0:
         raise ConfigError(f"--timeout {timeout_s:g}: give a number of seconds above 0")
     named = address or os.environ.get("RAY_ADDRESS", "")
     try:
-        if named.startswith(("http://", "https://")):
+        if cluster is not None or named.startswith(("http://", "https://")):
             from raylit.cli.doctor_job import report_of_job
 
             _say("asking the cluster")
-            report = report_of_job(named, _again(storage, workers, timeout_s))
+            at = address if cluster is not None else named
+            report = report_of_job(at, cluster, token_file, _again(storage, workers, timeout_s))
+        elif token_file is not None:
+            raise ConfigError(
+                "--token-file is for CLUSTER.yaml and http://...; here export RAY_AUTH_MODE=token "
+                f"RAY_AUTH_TOKEN_PATH={shlex.quote(token_file)}"
+            )
         else:
             report = _examined(address, storage, workers, timeout_s)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``raylit doctor --address http://...``: as a job on the cluster, for who is not on its network. Floor 7."""
+"""``raylit doctor --address http://...`` or ``CLUSTER.yaml``: as a job, for who is not on the network. Floor 7."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import secrets
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from raylit.cli import jobs
-from raylit.cli.submit import token_of
+from raylit.cli.target import Ended, ended_by_signals, target_of
 from raylit.doctor.report import Report
 from raylit.errors import ConfigError
 
@@ -18,29 +19,33 @@ _RUN = "import sys; from raylit.cli import main; sys.exit(main(sys.argv[1:]))"
 _PREFIX = "raylit doctor: "
 
 
-def report_of_job(address: str, arguments: Sequence[str]) -> Report:
-    """Run ``raylit doctor --json`` with ``arguments`` on the cluster whose dashboard is at ``address``; its report.
+def report_of_job(
+    address: str | None, file: str | None, token_file: str | None, arguments: Sequence[str]
+) -> Report:  # fmt: skip
+    """Run ``raylit doctor --json`` with ``arguments`` on a cluster, and return its report.
 
-    ConfigError or ConnectionError, with one line, where the cluster cannot be reached, refuses us, or has no report to
-    give: raylit is missing there, or what the command said there.
+    ``address``: of its dashboard; or ``file``: of ``ray up``, for a tunnel. ConfigError or ConnectionError, with one
+    line, where the cluster cannot be reached, refuses us, or has no report to give: raylit is missing there, or what
+    the command said there.
     """
     import ray
 
-    address = jobs.address_of(address)
-    token, token_from = token_of(None, None)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    there = jobs.version_at(address, headers, token_from)
-    jobs.check_versions(ray.__version__, there, True, _say)
-    client = jobs.client_at(address, headers)
-    job, log = f"raylit-doctor-{secrets.token_hex(4)}", list[str]()
-    command = shlex.join(["python", "-c", _RUN, "doctor", "--json", *arguments])
-    jobs.submit(client, entrypoint=command, submission_id=job)
-    try:
-        jobs.Follower(client, job, log.append, _say, poll_s=1.0).until_end()
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError, RuntimeError):  # it ends by itself within a minute or two
-            client.stop_job(job)
-        raise
+    cluster = None if file is None else Path(file)
+    with ended_by_signals(), target_of(address, token_file, cluster, _say, "raylit doctor CLUSTER.yaml") as target:
+        there = jobs.version_at(target.address, target.headers, target.token_from)
+        jobs.check_versions(ray.__version__, there, True, _say)
+        client = jobs.client_at(target.address, target.headers)
+        job, log = f"raylit-doctor-{secrets.token_hex(4)}", list[str]()
+        command = shlex.join(["python", "-c", _RUN, "doctor", "--json", *arguments])
+        jobs.submit(client, entrypoint=command, submission_id=job)
+        _say(f"it runs on the cluster as job {job}")
+        revive = target.tunnel.revive if target.tunnel else lambda: None
+        try:
+            jobs.Follower(client, job, log.append, _say, revive).until_end()
+        except (KeyboardInterrupt, Ended):
+            with contextlib.suppress(OSError, RuntimeError):  # it ends by itself within a minute or two
+                client.stop_job(job)
+            raise
     return report_in("".join(log))
 
 
@@ -56,4 +61,5 @@ def report_in(log: str) -> Report:
 
 
 def _say(text: str, *more: str) -> None:
-    print("\n".join([f"{_PREFIX}{text}", *more]), file=sys.stderr, flush=True)
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # doctor.py's line that goes again
+    print("\n".join([f"{clear}{_PREFIX}{text}", *more]), file=sys.stderr, flush=True)

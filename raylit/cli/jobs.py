@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -27,7 +28,10 @@ T = TypeVar("T")
 Say = Callable[[str], None]
 
 _CONNECT_S, _ANSWER_S = 10.0, 30.0
-_POLL_S = 3.0  # between two looks at a job's status, beside its log
+# Between two looks at a job's status, beside its log: a job that fails at once is seen at once.
+_FIRST_POLL_S, _POLL_S, _POLL_GROWS = 0.2, 1.0, 1.3
+# Ray closes the stream of a log up to 2 s after the job's end; up to this length the rest of it is asked for instead.
+_SHORT_LOG = 1_000_000  # characters
 _FLUSH_S = 10.0  # what an ended job still has to say has come by then
 _PATIENCE_S = 120.0  # without any answer
 
@@ -132,6 +136,14 @@ def submit(client: Any, **job: Any) -> None:
         raise ConfigError(f"the cluster does not take the job: {_last_line(str(error))}") from error
 
 
+def polls(longest_s: float = _POLL_S) -> Iterator[float]:
+    """Seconds to wait before each look at a job's status, from 0.2 to ``longest_s``."""
+    seconds = _FIRST_POLL_S
+    while True:
+        yield min(seconds, longest_s)
+        seconds = min(seconds * _POLL_GROWS, longest_s)
+
+
 class NobodyReads(Exception):
     """What the log is shown to is closed: ``raylit submit ... | head`` has seen enough."""
 
@@ -140,14 +152,16 @@ class Follower:
     """The log of one job, shown as it comes, once; and the job's end.
 
     ``revive``: called before each new try after the connection was lost (a tunnel may have to be opened again).
+    ``command``: what the job runs; with it, what Ray itself writes at the log's beginning is not shown.
     """
 
     def __init__(
         self, client: Any, job: str, show: Callable[[str], None], say: Say, revive: Callable[[], None] = lambda: None,
-        *, poll_s: float = _POLL_S, patience_s: float = _PATIENCE_S,
+        *, command: str | None = None, poll_s: float = _POLL_S, patience_s: float = _PATIENCE_S,
     ) -> None:  # fmt: skip
-        self._client, self._job, self._show, self._say, self._revive = client, job, show, say, revive
-        self._poll_s, self._patience_s = poll_s, patience_s
+        self._client, self._job, self._say, self._revive = client, job, say, revive
+        self._waits, self._patience_s = polls(poll_s), patience_s
+        self._log = _Log(show, None if command is None else f"Running entrypoint for job {job}: {command}\n")
         self._shown = 0  # characters of the log
         self._lost_at: float | None = None
 
@@ -169,8 +183,9 @@ class Follower:
             if ended is not None:
                 if tail.cancelled() or tail.exception() is not None:  # it may not have come to the log's end
                     await self._show_rest()
+                self._tell("", last=True)
                 return ended
-            await asyncio.sleep(min(1.0, self._poll_s))
+            await asyncio.sleep(next(self._waits))
 
     async def _tail(self) -> None:
         at = 0  # the log is sent from its beginning each time
@@ -184,10 +199,10 @@ class Follower:
     async def _watch(self, tail: asyncio.Future[None]) -> Any:
         """Look at the job beside its log: its details once it has ended, None where the log broke off."""
         while True:
-            await asyncio.wait({tail}, timeout=self._poll_s)
+            await asyncio.wait({tail}, timeout=next(self._waits))
             details = await self._details()
             if details is not None and details.status.is_terminal():
-                await asyncio.wait({tail}, timeout=_FLUSH_S)
+                await asyncio.wait({tail}, timeout=0 if self._shown < _SHORT_LOG else _FLUSH_S)
                 return details
             if tail.done():
                 if isinstance(tail.exception(), NobodyReads):
@@ -224,11 +239,42 @@ class Follower:
             self._tell(text[self._shown :])
             self._shown = len(text)
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str, last: bool = False) -> None:
         try:
-            self._show(text)
+            self._log.add(text, last)
         except BrokenPipeError:
             raise NobodyReads from None
+
+
+class _Log:
+    """A job's log without the two lines that Ray writes before the job's own; ``entrypoint`` is the second of them.
+
+    Text that may yet become one of them is held back until it cannot, or was the last. None as ``entrypoint``: all of
+    the log is shown.
+    """
+
+    _SETTING_UP = "0-0-0 0:0:0,0\tINFO job_manager.py:0 -- Runtime env is setting up.\n"  # digits are told alike
+
+    def __init__(self, show: Callable[[str], None], entrypoint: str | None) -> None:
+        self._show, self._held = show, ""
+        self._expected = [] if entrypoint is None else [self._SETTING_UP, entrypoint]
+
+    def add(self, text: str, last: bool = False) -> None:
+        self._held += text
+        while self._expected and self._held:
+            line, expected = self._held, self._expected[0]
+            if expected is self._SETTING_UP:
+                line = re.sub(r"\d+", "0", line[: line.find("\n") + 1] or line)
+            if line.startswith(expected):
+                # The first ends with its line; the second may hold newlines of the job's arguments.
+                first = expected is self._SETTING_UP
+                self._held = self._held[self._held.find("\n") + 1 if first else len(expected) :]
+            elif expected.startswith(line) and not last:
+                return
+            del self._expected[0]
+        if self._held:
+            held, self._held = self._held, ""
+            self._show(held)
 
 
 def exit_code_of(details: Any, say: Say) -> int:

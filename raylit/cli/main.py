@@ -24,10 +24,16 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; ``argv``: without the program's name, None: that of the process."""
     parser = argparse.ArgumentParser(prog="raylit", description="Train PyTorch Modules here or on Ray workers.")
+    version = importlib.import_module("raylit").__version__  # it is loaded: this file is in it
+    parser.add_argument("--version", action="version", version=f"raylit {version}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    parsers = {}
     for name, (module, says) in _COMMANDS.items():
-        importlib.import_module(module).add(commands.add_parser(name, help=says))
-    given = parser.parse_args(argv)
+        parsers[name] = commands.add_parser(name, help=says)
+        importlib.import_module(module).add(parsers[name])
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse would print the usage of raylit, where the command's own is wanted
+        parsers[given.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     run: Callable[[argparse.Namespace], int] = given.run
     try:
         return run(given)

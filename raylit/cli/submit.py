@@ -1,7 +1,7 @@
 """``raylit submit``: a script and its project, run on a cluster as if it ran here. Floor 7.
 
 From its arguments to Ray's Jobs API: what travels (driver/project.py), the command that the cluster runs, the log and
-the exit code (cli/jobs.py), the way there (cli/tunnel.py). Its own words go to stderr, the script's to stdout.
+the exit code (cli/jobs.py), the way there (cli/target.py). Its own words go to stderr, the script's to stdout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,14 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from raylit.cli import jobs
-from raylit.cli.cluster_file import cluster_name, load, token_source
-from raylit.cli.token import path_of, read
-from raylit.cli.tunnel import Tunnel, dashboard_port
+from raylit.cli.target import Ended, Target, ended_by_signals, target_of
 from raylit.driver.project import MAX_BYTES, Project, import_folders, look_at, only, packed, root_of, size_text
 from raylit.errors import ConfigError
 
 _USAGE = "raylit submit (--address URL | CLUSTER.yaml) [options] (SCRIPT.py | -m MODULE) [-- ARGUMENT ...]"
-_STOP_S = 30.0  # Ray gives a job 3 s to end, and then kills it
+_PYTHON = (".py", ".pyw", ".pyz")  # or no ending: a script may have a first line instead
 _INTERRUPTED, _UNREAD = 130, 141  # as a shell says it of Ctrl-C, and of a program whose output is closed
 
 
@@ -42,17 +39,6 @@ class Entry:
     command: tuple[str, ...]  # without the interpreter
     folders: tuple[str, ...]  # of the project, for the import path
     name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Where it runs. ``token_from``: the file or variable of its token; ``look``: commands that make it reachable."""
-
-    address: str
-    headers: dict[str, str]
-    token_from: str | None
-    look: tuple[str, ...]
-    tunnel: Tunnel | None = None
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +96,7 @@ def _submit(given: argparse.Namespace) -> int:
     job = given.name or f"{entry.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if _plain(job) != job:
         raise ConfigError(f"--name {job}: letters, digits, '-', '_' and '.'")
-    with _ended_by_signals(), _target(given, file) as target:
+    with ended_by_signals(), target_of(given.address, given.token_file, file, _say, _USAGE) as target:
         client = _client(target, given.force)
         sent = entry.project
         files = f"{len(sent.files)} file{'s' * (len(sent.files) != 1)}"
@@ -119,14 +105,13 @@ def _submit(given: argparse.Namespace) -> int:
             runtime["working_dir"] = package
             try:
                 jobs.submit(client, entrypoint=command, submission_id=job, runtime_env=runtime)
-            except KeyboardInterrupt:
-                _say(f"interrupted; the cluster may have taken job {job} already", *_ways(target, job))
-                return _INTERRUPTED
+            except (KeyboardInterrupt, Ended) as end:
+                return _left(f"interrupted; the cluster may have taken job {job} already", target, job, end)
         if given.no_wait:
             _say(f"job {job} is submitted", *_ways(target, job))
             return 0
         _say(f"job {job}: {command}")
-        return _followed(client, job, target)
+        return _followed(client, job, command, target)
 
 
 def _client(target: Target, force: bool) -> Any:
@@ -140,14 +125,16 @@ def _client(target: Target, force: bool) -> Any:
     return jobs.client_at(target.address, target.headers)
 
 
-def _followed(client: Any, job: str, target: Target) -> int:
-    """Show the job's log until its end; what Ctrl-C does on the way."""
+def _followed(client: Any, job: str, command: str, target: Target) -> int:
+    """Show the job's log until its end; what Ctrl-C and signals do on the way."""
     revive = target.tunnel.revive if target.tunnel else lambda: None
-    follower = jobs.Follower(client, job, jobs.to_stdout, _say, revive)
+    follower = jobs.Follower(client, job, jobs.to_stdout, _say, revive, command=command)
     try:
         return jobs.exit_code_of(follower.until_end(), _say)
     except KeyboardInterrupt:
         pass
+    except Ended as end:
+        return _left(f"job {job} goes on", target, job, end)
     except jobs.Unreachable as error:
         _say(f"{error}", *_ways(target, job))
         return 2
@@ -162,11 +149,18 @@ def _followed(client: Any, job: str, target: Target) -> int:
         _say("stopping ...")
         client.stop_job(job)
         jobs.exit_code_of(follower.until_end(), _say)
-    except KeyboardInterrupt:
-        _say(f"job {job} may go on", *_ways(target, job))
+    except (KeyboardInterrupt, Ended) as end:
+        return _left(f"job {job} may go on", target, job, end)
     except (OSError, RuntimeError, jobs.NobodyReads) as error:
         _say(f"job {job} may go on, it could not be asked to stop: {error}", *_ways(target, job))
     return _INTERRUPTED
+
+
+def _left(text: str, target: Target, job: str, end: BaseException) -> int:
+    """Say how to go on with a job that is left; the exit code of what ended us."""
+    with contextlib.suppress(OSError):  # with SIGHUP the terminal is gone
+        _say(text, *_ways(target, job))
+    return end.code if isinstance(end, Ended) else _INTERRUPTED
 
 
 def _wants_to_stop() -> bool:
@@ -207,6 +201,11 @@ def _read_again(given: argparse.Namespace) -> tuple[Path | None, str | None, lis
         raise ConfigError(f"{odd[0]!r} is no option of raylit submit; the script's own stand behind a --: {_USAGE}")
     file = Path(words.pop(0)) if words and words[0].endswith((".yaml", ".yml")) else None
     wanted = 0 if given.module else 1
+    if wanted and words and Path(words[0]).suffix not in ("", *_PYTHON):
+        raise ConfigError(
+            f"{words[0]} is no Python script: a script ends in .py, -m MODULE runs a module, and a cluster's file, "
+            "which stands before either, ends in .yaml or .yml"
+        )
     if len(words) < wanted:
         raise ConfigError(f"which script? {_USAGE}")
     if len(words) > wanted:
@@ -293,69 +292,6 @@ def bytes_of(text: str) -> int:
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
 
 
-def token_of(given: str | None, file: Path | None) -> tuple[str | None, str | None]:
-    """The token to show, and where it came from; ``(None, None)`` where there is none.
-
-    That which was given, else the cluster's file's own, else, as Ray does it, the environment's.
-    """
-    if given is not None:
-        return read(Path(given).expanduser()), given
-    if file is not None:
-        path = token_source(file)
-        own = path or path_of(cluster_name(file))
-        if path is not None or own.exists():
-            return read(own), str(own)
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        value = os.environ.get(name)
-        if value:
-            return (value.strip() if name == "RAY_AUTH_TOKEN" else _of_file(value)), name
-    usual = Path.home() / ".ray" / "auth_token"
-    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and usual.exists():
-        return _of_file(str(usual)), str(usual)
-    return None, None
-
-
-@contextlib.contextmanager
-def _target(given: argparse.Namespace, file: Path | None) -> Iterator[Target]:
-    if file is not None and given.address is not None:
-        raise ConfigError("either --address or a cluster's file, not both")
-    if file is not None:
-        load(file)  # what is wrong with it is said before anything starts
-    token, source = token_of(given.token_file, file)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    exports = () if source is None or source.startswith("RAY_") else (
-        f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(Path(source).expanduser()))}",
-    )  # fmt: skip
-    if file is None:
-        address = given.address or os.environ.get("RAY_API_SERVER_ADDRESS")
-        if not address and os.environ.get("RAY_ADDRESS", "").startswith("http"):
-            address = os.environ["RAY_ADDRESS"]
-        if not address:
-            raise ConfigError(f"which cluster? --address http://HOST:8265, or the YAML file of ray up: {_USAGE}")
-        yield Target(jobs.address_of(address), headers, source, exports)
-        return
-    cluster_name(file)
-    _say(f"opening a tunnel to the cluster of {file}")
-    look = (f"  ray dashboard {shlex.quote(str(file))}  # in another terminal", *exports)
-    with Tunnel(file, dashboard_port(file)) as tunnel:
-        yield Target(tunnel.address, headers, source, look, tunnel)
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP leave through the ``finally`` clauses: no tunnel may stay behind."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = {each: signal.signal(each, leave) for each in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
 def _script(given: str) -> Path:
     path = Path(given).expanduser()
     if not path.exists():
@@ -384,13 +320,6 @@ def _check_module(module: str, folder: Path) -> None:
         return
     name = place.relative_to(folder)
     raise ConfigError(f"-m {module}: there is no {name}.py and no {name}/__main__.py in {folder}")
-
-
-def _of_file(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"the token's file {path} cannot be read: {error.strerror or error}") from error
 
 
 def _plain(name: str) -> str:

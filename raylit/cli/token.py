@@ -36,7 +36,7 @@ def show(cluster: str, *, rotate: bool = False) -> int:
     named_by_file = cluster.endswith((".yaml", ".yml"))
     name = cluster_name(Path(cluster)) if named_by_file else cluster
     path, made = ensure(name, rotate=rotate)
-    print(f"{'made' if made else 'kept, as it was there'}: {path}")
+    print(f"made: {path}" if made else f"there already, kept as it is: {path}")
     print("to use it in this shell:")
     print(f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(path))}")
     if rotate:

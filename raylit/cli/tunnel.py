@@ -20,12 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from raylit.cli.cluster_file import load
+from raylit.cli.cluster_file import load, token_source
 from raylit.errors import ConfigError
 
 _OPEN_S = 60.0
 _DASHBOARD_PORT = 8265
 _TELLING = re.compile(r"error|exception|denied|refused|fail|could not|not found", re.IGNORECASE)
+_UNKNOWN_HEAD = re.compile(r"Head node of cluster \(.*\) not found")
 
 
 class Tunnel:
@@ -96,6 +97,8 @@ class Tunnel:
         while not _answers(self._port):
             assert self._process is not None
             if self._process.poll() is not None or time.monotonic() > until:
+                if _UNKNOWN_HEAD.search(self._told_so_far()):
+                    raise ConfigError(_forgotten(self._file, self._remote_port))
                 why = "it ended" if self._process.poll() is not None else f"no answer within {_OPEN_S:g} s"
                 raise ConfigError(
                     f"no tunnel to the cluster of {self._file} ({why}{self._reason()}): ray up {self._file} starts the "
@@ -105,11 +108,27 @@ class Tunnel:
 
     def _reason(self) -> str:
         """The most telling line of what the command printed."""
-        self._told.seek(0)
-        plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._told.read().decode(errors="replace"))
-        lines = [line.strip() for line in plain.splitlines() if line.strip()]
+        lines = [line.strip() for line in self._told_so_far().splitlines() if line.strip()]
         telling = [line for line in lines if _TELLING.search(line)]
         return f": {(telling or lines)[-1]}" if lines else ""
+
+    def _told_so_far(self) -> str:
+        self._told.seek(0)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._told.read().decode(errors="replace"))
+
+
+def _forgotten(file: Path, port: int) -> str:
+    """Word that Ray's launcher here knows of no head. It may run all the same: ``ray up`` would end what runs there."""
+    content = load(file)
+    auth, provider = (content.get(name) or {} for name in ("auth", "provider"))
+    key = f"-i {auth['ssh_private_key']} " if auth.get("ssh_private_key") else ""
+    host = f"{auth.get('ssh_user') or 'USER'}@{provider.get('head_ip') or 'HEAD'}"
+    token = token_source(file) or f"~/.ray/tokens/{content.get('cluster_name')}"
+    return (
+        f"this machine has not started the cluster of {file}, or has forgotten it (Ray keeps that in its temp folder); "
+        f"if it runs: ssh -N -L {_DASHBOARD_PORT}:localhost:{port} {key}{host}, and --address "
+        f"http://localhost:{_DASHBOARD_PORT} --token-file {token} in place of the file; else: ray up {file}"
+    )
 
 
 def dashboard_port(file: Path) -> int:

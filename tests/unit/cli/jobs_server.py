@@ -22,6 +22,7 @@ class JobsServer:
         self.running = threading.Event()  # while it is set the job goes on
         self.on_tail: Callable[[], None] = lambda: None  # called once the log so far was sent
         self.breaks: list[int] = []  # the log's connection is cut after so many characters, once for each
+        self.lingers = False  # the log's connection stays after the job's end
         self.down = False  # every request is answered with 503
         self.packages: dict[str, bytes] = {}
         self.job: dict[str, Any] = {}
@@ -123,7 +124,7 @@ class JobsServer:
             if text:
                 await socket.send_str(text)
                 at += len(text)
-            elif not goes_on:
+            elif not goes_on and not self.lingers:
                 await socket.close(code=WSCloseCode.OK)
                 return socket
             if not told:

@@ -7,6 +7,7 @@ tests/cluster/test_submit.py.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pty
 import shlex
@@ -19,7 +20,7 @@ import textwrap
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,8 @@ def test_options_before_and_behind_the_script(
         (["--", "main.py"], "which script?"),
         (["nowhere.py"], "there is no script nowhere.py"),
         (["pkg"], "pkg is no script"),
+        (["config.json"], "config.json is no Python script: a script ends in .py, -m MODULE runs a module"),
+        (["lab.json", "main.py"], "a cluster's file, which stands before either, ends in .yaml or .yml"),
         (["main.py", "--flag"], "'--flag' is no option of raylit submit; the script's own stand behind a --"),
         (["main.py", "more"], "'more': the script's arguments stand behind a --"),
         (["-m", "pkg.nowhere"], "there is no pkg/nowhere.py and no pkg/nowhere/__main__.py"),
@@ -419,6 +422,64 @@ def test_the_log_is_shown_while_it_grows(head: JobsServer, capsys: pytest.Captur
     assert "second" in "".join(seen)  # it came before the end
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_rays_own_lines_at_the_beginning_are_dropped(size: int) -> None:
+    ray_says = "2026-11-28 00:10:11,123\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
+    entrypoint = "Running entrypoint for job mine: python main.py 'two\nlines'\n"
+    own = ["hello\n", ray_says, entrypoint]  # a script may say the same
+    for log, left in [
+        (ray_says + entrypoint + "".join(own), "".join(own)),
+        (entrypoint + "hello", "hello"),
+        (ray_says + "hello\n" + entrypoint, "hello\n" + entrypoint),
+        (ray_says.replace("INFO", "WARNING") + entrypoint, ray_says.replace("INFO", "WARNING") + entrypoint),
+        ("Running entrypoint for job other: x\n", "Running entrypoint for job other: x\n"),
+        (ray_says + entrypoint[:20], entrypoint[:20]),  # it ended before more came
+        ("20", "20"),
+        ("", ""),
+    ]:
+        client = Client(Details("SUCCEEDED"), log=log, piece=size)
+        shown: list[str] = []
+        command = "python main.py 'two\nlines'"
+        jobs.Follower(client, "mine", shown.append, print, command=command, poll_s=0.01).until_end()
+        assert "".join(shown) == left
+
+
+def test_what_cannot_be_rays_is_shown_at_once() -> None:
+    client = Client(Details("RUNNING"), Details("SUCCEEDED"), log="2026 epochs")
+    shown: list[str] = []
+
+    def look(text: str) -> None:
+        shown.append(text)
+
+    client.piece, client.between = 7, lambda: shown.append("|")  # "2026 ep" is no date: it goes on with a letter
+    jobs.Follower(client, "mine", look, print, command="python main.py", poll_s=0.01).until_end()
+    assert shown[:2] == ["2026 ep", "|"]
+
+
+def test_rays_lines_through_the_whole_command(head: JobsServer, capsys: pytest.CaptureFixture[str]) -> None:
+    head.log = (
+        "2026-11-28 00:10:11,123\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
+        "Running entrypoint for job mine: python main.py -x\nhello\n"
+    )
+    assert submit(head, "--name", "mine", "main.py", "--", "-x") == 0
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_looks_at_the_status_are_far_between_only_later() -> None:
+    waits = list(itertools.islice(jobs.polls(), 12))
+    assert waits[0] == 0.2 and waits[-2:] == [1.0, 1.0] and waits == sorted(waits)
+    assert list(itertools.islice(jobs.polls(0.01), 2)) == [0.01, 0.01]
+
+
+def test_the_end_of_a_job_is_not_waited_for_in_its_log(head: JobsServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray closes the log's stream late; the rest of a short log is asked for."""
+    head.lingers = True
+    head.log = "one\ntwo\n"
+    assert submit(head, "main.py") == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert head.requests[-1].endswith("/logs")
+
+
 def test_no_wait(head: JobsServer, capsys: pytest.CaptureFixture[str]) -> None:
     head.running.set()
     assert submit(head, "--no-wait", "--name", "mine", "main.py") == 0
@@ -437,8 +498,10 @@ def test_a_connection_that_breaks_shows_every_line_once(head: JobsServer, capsys
 class Client:
     """Answers of a cluster, in the order in which they are asked for; the last one stays."""
 
-    def __init__(self, *answers: Any, log: str = "") -> None:
+    def __init__(self, *answers: Any, log: str = "", piece: int = 0) -> None:
         self.answers, self.log, self.asked = list(answers), log, 0
+        self.piece = piece  # characters of the log that come at once; 0: its connection is cut at once
+        self.between: Callable[[], None] = lambda: None
 
     def get_job_info(self, job: str) -> Any:
         self.asked += 1
@@ -451,8 +514,11 @@ class Client:
         return self.log
 
     async def tail_job_logs(self, job: str) -> Any:
-        raise OSError("cut")
-        yield ""
+        if not self.piece:
+            raise OSError("cut")
+        for at in range(0, len(self.log), self.piece):
+            yield self.log[at : at + self.piece]
+            self.between()
 
 
 class Details:
@@ -502,7 +568,9 @@ def test_a_cluster_that_has_forgotten_the_job() -> None:
 COMMAND = [sys.executable, "-c", "import sys; from raylit.cli import main; sys.exit(main())", "submit"]
 
 
-def test_ctrl_c_without_a_terminal_leaves_the_job(head: JobsServer) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str)
+def test_a_signal_without_a_terminal_leaves_the_job(head: JobsServer, sent: signal.Signals, code: int) -> None:
+    """Ctrl-C, a CI step that is cancelled, a terminal that is closed."""
     head.running.set()
     seen = threading.Event()
     head.on_tail = seen.set
@@ -511,10 +579,12 @@ def test_ctrl_c_without_a_terminal_leaves_the_job(head: JobsServer) -> None:
                                env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "hello\n" and seen.wait(60)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, told = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "job mine goes on" in told and "ray job stop" in told and "Traceback" not in told
+    assert process.returncode == code
+    assert "job mine goes on" in told and "Traceback" not in told
+    for what in ("logs --follow", "stop"):
+        assert f"  ray job {what} --address {head.url} mine" in told
     assert head.stopped == []
 
 
@@ -597,6 +667,8 @@ RAY = """\
     here, there = int(sys.argv[sys.argv.index("--port") + 1]), int(sys.argv[sys.argv.index("--remote-port") + 1])
     with open({pids!r}, "a") as file:
         print(os.getpid(), file=file)
+    if there == 2:
+        sys.exit('  File "commands.py", line 1609\\nRuntimeError: Head node of cluster (lab) not found!')
     if there == 1:
         sys.exit("\\x1b[31mssh: connect to host 10.0.0.1 port 22: No route to host, failed\\x1b[0m\\nbye")
 
@@ -686,6 +758,21 @@ def test_a_tunnel_that_does_not_open(place: Path, tunnels: Path, capsys: pytest.
     text = error_of(capsys)
     assert "no tunnel to the cluster" in text and "No route to host, failed" in text and "ray up" in text
     assert "\x1b" not in text
+
+
+def test_a_cluster_that_rays_launcher_does_not_know(
+    place: Path, tunnels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may run all the same, started from elsewhere: ``ray up`` would end what runs there."""
+    file = cluster_file(place, 2, "auth: {ssh_user: ubuntu, ssh_private_key: ~/.ssh/key}")
+    assert main(["submit", str(file), "main.py"]) == 2
+    text = error_of(capsys)
+    assert f"this machine has not started the cluster of {file}, or has forgotten it" in text
+    assert (
+        "if it runs: ssh -N -L 8265:localhost:2 -i ~/.ssh/key ubuntu@10.0.0.1, and --address http://localhost:8265"
+        in text
+    )
+    assert f"--token-file ~/.ray/tokens/lab in place of the file; else: ray up {file}" in text
 
 
 def test_a_tunnel_that_breaks_is_opened_again(head: JobsServer, place: Path, tunnels: Path) -> None:

@@ -45,7 +45,7 @@ def test_it_is_kept_and_rotated(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["token", "lab"]) == 0
     first = path.read_text()
     assert main(["token", "lab"]) == 0
-    assert path.read_text() == first and "kept" in capsys.readouterr().out
+    assert path.read_text() == first and f"there already, kept as it is: {path}" in capsys.readouterr().out
     assert main(["token", "lab", "--rotate"]) == 0
     second = path.read_text()
     assert re.fullmatch("[0-9a-f]{64}", second) and second != first
@@ -86,6 +86,8 @@ def test_a_clusters_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         ("provider: {}\n", "no cluster_name"),
         ("cluster_name: 3\n", "no cluster_name"),
+        ("apiVersion: ray.io/v1\nkind: RayJob\n", "is for kubectl and has no cluster_name"),
+        ("kind: Namespace\napiVersion: v1\n---\nkind: Secret\n", "raylit token raylit-k8s"),
         ("- a\n", "no cluster's file"),
         ("a: [\n", "no YAML"),
         ("cluster_name: a/b\n", "no name"),
