@@ -21,7 +21,7 @@ help:
 	@echo "make demo    train the digits example on two Ray workers (installs into $(VENV) the first time)"
 	@echo "make test    run the whole test suite"
 	@echo "make test-long   tests that take minutes on several hosts, which the suite skips"
-	@echo "make test-hosts  three hosts of their own on this machine, clusters/onprem.yaml on them, and faults; needs root"
+	@echo "make test-hosts  hosts of their own on this machine, clusters/onprem.yaml and Slurm on them, and faults; needs root"
 	@echo "make chaos   20 runs on a cluster of three hosts, with one fault each; make chaos ARGS='--seed 7 --runs 20'"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   measure a training step against a hand-written loop"
