@@ -163,6 +163,59 @@ def test_the_autoscaler_finds_its_configuration_and_its_cloud(path: Path) -> Non
     assert config["idle_timeout_minutes"] == 10
 
 
+def without_a_key(home: Path, text: str) -> str:
+    (home / ".ssh" / "id_ed25519").unlink()
+    return text
+
+
+def without_a_token(home: Path, text: str) -> str:
+    (home / ".ray" / "tokens" / "raylit-onprem").unlink()
+    return text
+
+
+def misspelt(home: Path, text: str) -> str:
+    return text.replace("\nsetup_commands:", "\nsetup_comands:")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Ray leaves the files it reads open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("command", "mistake", "where"),
+    [
+        ("up -y", without_a_key, ROOT), ("up -y", without_a_token, ROOT), ("up -y", None, CLUSTERS),
+        ("up -y", misspelt, ROOT), ("monitor", None, ROOT), ("submit", None, ROOT),
+    ],
+)  # fmt: skip
+def test_the_troubleshooting_has_rays_own_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    mistake: Callable[[Path, str], str] | None,
+    where: Path,
+) -> None:
+    from click.testing import CliRunner
+    from ray.scripts.scripts import cli
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))  # where Ray notes such a cluster
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # and what a cloud said of it
+    monkeypatch.chdir(where)
+    for needed in (".ssh/id_ed25519", ".ray/tokens/raylit-onprem"):
+        (tmp_path / needed).parent.mkdir(parents=True)
+        (tmp_path / needed).touch()
+    text = (CLUSTERS / "onprem.yaml").read_text().replace("192.168.1.1", "192.0.2.1")  # nobody's addresses
+    path = tmp_path / "onprem.yaml"
+    path.write_text(mistake(tmp_path, text) if mistake else text)
+    script = [str(ROOT / "examples" / "01_digits" / "main.py")] if command == "submit" else []
+    error = CliRunner().invoke(cli, [*command.split(), str(path), *script]).exception
+    assert error is not None
+    said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    for its, pages in (("[Errno 2] No such file or directory: ", "... "), (str(tmp_path), "/home/me"),
+                       ("raylit-onprem", "NAME"), ("'setup_comands'", "'...'")):  # fmt: skip
+        said = said.replace(its, pages)
+    assert f'"{said}"' in (ROOT / "docs" / "clusters.md").read_text()
+
+
 def header(path: Path) -> str:
     lines = path.read_text().splitlines()
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
