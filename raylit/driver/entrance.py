@@ -40,8 +40,9 @@ def must_let_in(address: str, *, found: bool = False) -> None:
     Any other answer is left to Ray. ``found``: the address was found on this machine and not given; then Ray shows a
     token that it finds also without ``RAY_AUTH_MODE``.
     """
-    if os.environ.get("RAY_AUTH_MODE", "").lower() not in ("", "token", "disabled"):
-        return  # Ray has other tokens than these
+    other_mode = os.environ.get("RAY_AUTH_MODE", "").lower() not in ("", "token", "disabled")
+    if other_mode or os.environ.get("RAY_ENABLE_K8S_TOKEN_AUTH"):
+        return  # Ray takes its token from elsewhere
     token = _token_to_show(found)
     if _refuses(address, token):
         raise ConfigError(refusal(address, has_token=token is not None))

@@ -134,7 +134,7 @@ def status(head: tuple[Cluster, dict[str, str]], job: str) -> str:
 def test_a_project_its_arguments_and_its_exit_code(head: tuple[Cluster, dict[str, str]], caller: Path) -> None:
     code, out, err = submit(head, caller, "main.py", "--env", "WORD=a 'b'", "--", *ARGUMENTS)
     assert code == 3, out + err
-    told = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
+    told = json.loads(out)  # the script's own output, without what Ray writes before it
     assert told == {
         "arguments": ARGUMENTS,
         "files": sorted(name for name in FILES if name != "big.bin"),
@@ -149,6 +149,22 @@ def test_a_wrong_token(head: tuple[Cluster, dict[str, str]], caller: Path) -> No
     assert "refuses the token of RAY_AUTH_TOKEN (HTTP 403)" in err
     code, out, err = submit(head, caller, "main.py", RAY_AUTH_TOKEN="", RAY_AUTH_MODE="disabled")
     assert (code, out) == (2, "") and "asks for a token" in err
+
+
+@pytest.mark.parametrize(("token", "has"), [("0" * 64, "the token here is another"), ("", "there is no token here")])
+def test_a_script_that_the_head_refuses(
+    head: tuple[Cluster, dict[str, str]], caller: Path, tmp_path: Path, token: str, has: str
+) -> None:
+    """In one line, and before Ray, whose connecting takes 20 s and writes as many lines."""
+    cluster, _ = head
+    environment = {**cluster.driver_environment, "HOME": str(tmp_path), "RAY_AUTH_TOKEN": token}
+    environment |= {} if token else {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([sys.executable, "validate.py"], cwd=caller / "project" / "train", env=environment,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"raylit.errors.ConfigError: {cluster.address} refuses this machine: it asks for a token")
+    assert has in last and "gcs_client" not in done.stdout + done.stderr
 
 
 def test_ctrl_c_leaves_the_job_or_stops_it(head: tuple[Cluster, dict[str, str]], caller: Path) -> None:

@@ -134,6 +134,7 @@ def test_a_head_that_refuses_us(
         ({"RAY_AUTH_TOKEN": TOKEN}, False, True),
         ({}, False, True),
         ({"RAY_AUTH_MODE": "disabled"}, False, False),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "6", "RAY_ENABLE_K8S_TOKEN_AUTH": "true"}, True, True),  # a pod's
         ({"RAY_AUTH_MODE": "other"}, True, True),  # what Ray does then is not known here: it may try
     ],
 )
