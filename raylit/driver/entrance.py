@@ -45,7 +45,7 @@ def must_let_in(address: str, *, found: bool = False) -> None:
         return  # Ray takes its token from elsewhere
     token = _token_to_show(found)
     if _refuses(address, token):
-        raise ConfigError(refusal(address, has_token=token is not None))
+        raise ConfigError(refusal(f"{address} (auto)" if found else address, has_token=token is not None))
 
 
 def refusal(address: str, *, has_token: bool) -> str:

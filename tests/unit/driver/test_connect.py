@@ -118,7 +118,8 @@ def test_a_head_that_refuses_us(
         with pytest.raises(ConfigError) as raised:
             enter()
         text = str(raised.value)
-        assert text.startswith(f"{head.address} refuses this machine: it asks for a token, and {has}")
+        how = "" if named == "ADDRESS" else " (auto)"
+        assert text.startswith(f"{head.address}{how} refuses this machine: it asks for a token, and {has}")
         assert "RAY_AUTH_MODE=token" in text and "\n" not in text and TOKEN not in text
     assert set(head.asked) == {"/ray.rpc.NodeInfoGcsService/GetClusterId"}
 
