@@ -15,16 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raylit.driver import cluster
-from raylit.driver.launch import (
-    DEFAULT_WORKER_MAIN,
-    Launched,
-    OnEvent,
-    lost_error,
-    open_channel,
-    stalled_error,
-    stored,
-)
+from raylit.driver.launch import DEFAULT_WORKER_MAIN, Launched, OnEvent, open_channel, stored
 from raylit.driver.shipping import explained
+from raylit.driver.verdict import lost_error, stalled_error
 from raylit.driver.waiting import Asked, wait_for
 from raylit.errors import WorkerLostError
 from raylit.wire import Job, World

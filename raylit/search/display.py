@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.live import Live
 
 from raylit.driver import cluster
-from raylit.driver.launch import account_of
 from raylit.driver.shipping import lacking
+from raylit.driver.verdict import account_of
 from raylit.goal import BESIDE_METRICS
 from raylit.search.listening import Listener
 from raylit.search.table import Goal, Row, line, table, varied

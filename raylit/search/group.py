@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from raylit.driver.launch import account_of
 from raylit.driver.pool import ranked
+from raylit.driver.verdict import account_of
 from raylit.errors import WorkerLostError
 from raylit.search.trial import Report, Saved, TrialRun, TrialSpec
 from raylit.wire import Job, World

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raylit.driver.launch import stalled_error
+from raylit.driver.verdict import stalled_error
 from raylit.errors import ProgressTimeoutError, WorkerLostError
 from raylit.stage import Loop, Stage
 from raylit.strategies.collective import LocalCollective

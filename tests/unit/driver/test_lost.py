@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from raylit.driver.launch import lost_error
+from raylit.driver.verdict import lost_error
 
 HOSTS = {0: ("alpha (10.0.0.1)", 11), 1: ("beta (10.0.0.11)", 22)}
 LOST = {0: RuntimeError("exit"), 1: RuntimeError("exit")}
