@@ -159,6 +159,18 @@ def alive() -> set[str]:
     return {str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
 
 
+def raylets() -> dict[str, list[int]]:
+    """The ports on which Ray's node managers listen, by address; none for an address that Ray has given up."""
+    import ray
+
+    ports: dict[str, list[int]] = {}
+    for node in ray.nodes():
+        there = ports.setdefault(str(node["NodeManagerAddress"]), [])
+        if node["Alive"]:
+            there.append(int(node["NodeManagerPort"]))
+    return ports
+
+
 def connected() -> bool:
     """Whether Ray is initialised in this process. Does not import it."""
     ray = sys.modules.get("ray")

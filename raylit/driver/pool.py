@@ -17,11 +17,11 @@ from typing import Any
 from raylit.driver import cluster
 from raylit.driver.launch import DEFAULT_WORKER_MAIN, Launched, OnEvent, open_channel, stored
 from raylit.driver.shipping import explained
-from raylit.driver.verdict import lost_error, stalled_error
+from raylit.driver.verdict import lost_beside, lost_error, stalled_error
 from raylit.driver.waiting import Asked, wait_for
 from raylit.errors import WorkerLostError
 from raylit.wire import Job, World
-from raylit.worker.failure import WorkerFailed, bare, first_cause, is_consequence, rebuild
+from raylit.worker.failure import WorkerFailed, bare, first_cause, rebuild
 from raylit.worker.ray_data import check_cpus
 
 IDLE_RELEASE_S = 60.0
@@ -210,9 +210,9 @@ def _callers_error(errors: Mapping[int, BaseException], workers: Mapping[int, tu
     causes = {rank: getattr(e, "cause", None) or e for rank, e in errors.items()}
     packed = [c.failure for c in causes.values() if isinstance(c, WorkerFailed)]
     lost = {rank: c for rank, c in causes.items() if not isinstance(c, WorkerFailed)}
-    if packed and not (lost and all(map(is_consequence, packed))):
+    if packed and not (lost := lost_beside(packed, lost, workers)):
         return explained(rebuild(first_cause(packed)), cluster.shipped())
-    return lost_error(lost, workers)
+    return lost_error(lost, workers, cluster.alive())
 
 
 def _start_timer() -> None:

@@ -6,7 +6,9 @@ inside functions only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import socket
+import time
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from raylit.driver import cluster
@@ -14,6 +16,9 @@ from raylit.driver.shipping import explained
 from raylit.errors import ProgressTimeoutError, ResourceError, WorkerLostError
 from raylit.wire import WorkerFailure
 from raylit.worker.failure import WorkerFailed, describe, first_cause, is_consequence, rebuild
+
+_ANSWER_S = 2.0  # for a connection to a host
+_GIVEN_UP_S = 60.0  # until Ray gives up a host that is silent: 6 s with the settings of clusters/, most of this without
 
 
 def as_callers_error(raised: BaseException, workers: Mapping[int, tuple[str, int]]) -> BaseException:
@@ -30,7 +35,7 @@ def as_callers_error(raised: BaseException, workers: Mapping[int, tuple[str, int
         failed = raised.worker_failures
         packed = [e.failure for e in failed.values() if isinstance(e, WorkerFailed)]
         lost = {rank: e for rank, e in failed.items() if _death(e) is not None}
-        if packed and not (lost and all(map(is_consequence, packed))):
+        if packed and not (lost := lost_beside(packed, lost, workers)):
             return explained(rebuild(first_cause(packed)), cluster.shipped())
         if not lost:
             other: BaseException = next(iter(failed.values()), raised)
@@ -54,6 +59,46 @@ def _preempted(error: WorkerLostError) -> WorkerLostError:
     """Say on the error that the loss had been announced."""
     error.__dict__["raylit_preempted"] = True
     return error
+
+
+def lost_beside(
+    packed: Sequence[WorkerFailure], lost: Mapping[int, BaseException], workers: Mapping[int, tuple[str, int]]
+) -> dict[int, BaseException]:
+    """The workers whose loss explains the others' errors, ``packed``: none where these have a cause of their own.
+
+    ``lost``: those that Ray says are gone. Where it says nothing, those that said nothing and whose host does not
+    answer any more. A host that is killed closes its connections at once, while Ray gives it up after some seconds
+    only. That is waited for: whatever starts before may be put on the host that is gone.
+    """
+    if not all(map(is_consequence, packed)):
+        return {}
+    if lost:
+        return dict(lost)
+    said = {failure.rank for failure in packed}
+    return _gone_with_their_hosts({rank: who for rank, who in workers.items() if rank not in said})
+
+
+def _gone_with_their_hosts(workers: Mapping[int, tuple[str, int]]) -> dict[int, BaseException]:
+    gone = {address for address, ports in cluster.raylets().items()
+            if any(_is_on(address, who) for who in workers.values())
+            and not any(_answers(address, port) for port in ports)}  # fmt: skip
+    until = time.monotonic() + _GIVEN_UP_S
+    while gone & cluster.alive() and time.monotonic() < until:
+        time.sleep(0.2)
+    return {rank: ConnectionError("its host does not answer") for rank, who in workers.items()
+            if any(_is_on(address, who) for address in gone)}  # fmt: skip
+
+
+def _is_on(address: str, worker: tuple[str, int]) -> bool:
+    return f"({address})" in worker[0]
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _death(error: BaseException) -> BaseException | None:
@@ -121,7 +166,7 @@ def lost_error(
     it; what Ray says of the process then depends on which of its calls was under way.
     """
     gone = [rank for rank in lost if rank in workers and alive is not None
-            and not any(f"({address})" in workers[rank][0] for address in alive)]  # fmt: skip
+            and not any(_is_on(address, workers[rank]) for address in alive)]  # fmt: skip
     rank = min(gone or lost)
     who = f"worker {rank}"
     if rank in workers:

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from raylit.driver.pool import ranked
-from raylit.driver.verdict import account_of
+from raylit.driver.verdict import account_of, lost_beside
 from raylit.errors import WorkerLostError
 from raylit.search.trial import Report, Saved, TrialRun, TrialSpec
 from raylit.wire import Job, World
 from raylit.worker.entry import take_callers_place
-from raylit.worker.failure import WorkerFailed, bare, first_cause, is_consequence, pack, rebuild
+from raylit.worker.failure import WorkerFailed, bare, first_cause, pack, rebuild
 from raylit.worker.pooled import PooledWorker
 
 _STOP_S = 30.0  # for loggers to close; then the actors are killed
@@ -123,11 +123,13 @@ class TrialGroup:
                     failed[refs.index(ref)] = getattr(error, "cause", None) or error
         self.kill()
         packed = [error.failure for error in failed.values() if isinstance(error, WorkerFailed)]
-        lost = sorted(rank for rank, error in failed.items() if not isinstance(error, WorkerFailed))
-        if packed and not (lost and all(map(is_consequence, packed))):
+        lost = {rank: error for rank, error in failed.items() if not isinstance(error, WorkerFailed)}
+        workers = {rank: (world.node_name, 0) for rank, world in enumerate(self._worlds)}
+        if packed and not (lost := lost_beside(packed, lost, workers)):
             raise bare(rebuild(first_cause(packed)))
-        where = f"worker {lost[0]} of the trial, on {self._worlds[lost[0]].node_name},"
-        raise WorkerLostError(f"{where} was lost: {account_of(failed[lost[0]])}")
+        rank = min(lost)
+        where = f"worker {rank} of the trial, on {self._worlds[rank].node_name},"
+        raise WorkerLostError(f"{where} was lost: {account_of(lost[rank])}")
 
     def save(self, folder: str) -> None:
         """Write every worker's part of a checkpoint into a folder of this machine."""
