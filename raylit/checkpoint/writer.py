@@ -174,7 +174,7 @@ class Writer:
 def _step_back() -> None:
     """Let training have the CPU first. Linux alone gives each thread a priority of its own.
 
-    Serialising and hashing 100 MB take as long as two plain ``torch.save``; without this a step waits for its share of
+    Serialising and hashing take the CPU that a plain ``torch.save`` takes; without this a step waits for its share of
     it wherever every core is at work. While training waits for the writer, the writer has the core for itself.
     """
     if sys.platform == "linux":
