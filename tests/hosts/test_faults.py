@@ -96,15 +96,21 @@ class Run:
         """Let it come to its end; its exit status."""
         (self.folder / "end").touch()
         code = self._process.wait(LONG_S)
-        self._reader.join()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        self.close()
         return code
 
     def gone(self) -> None:
         """Its host was lost, and it with it."""
         self._process.wait(30)
-        self._reader.join()
+        self.close()
+
+    def close(self) -> None:
+        """End what is left of it, so that nothing is found open later, in another test."""
+        self._process.kill()
+        self._process.wait(30)
+        self._reader.join(10)  # longer only where a test has failed, and the script holds the pipe until its host goes
+        if not self._reader.is_alive() and self._process.stdout is not None:
+            self._process.stdout.close()
 
 
 FIGURES: list[str] = []
@@ -136,6 +142,8 @@ def run(cluster: OnPrem) -> Iterator[list[Run]]:
     folder.mkdir()
     runs = [Run(cluster, folder)]
     yield runs
+    for each in runs:
+        each.close()
     print("", *FIGURES, sep="\n")
 
 
