@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.machines import ROOT, SHARED, Host, Lab, lab, missing
+from tests.hosts.machines import ROOT, SHARED, Host, Lab, lab, missing, wait_for
 
 pytestmark = [
     pytest.mark.cluster,
@@ -35,7 +35,8 @@ def test_hosts_are_apart_and_together_and_then_gone() -> None:
         ssh = "ssh -o StrictHostKeyChecking=accept-new"
         assert laptop.run(f"{ssh} one hostname && {ssh} {two.address} hostname").stdout.split()[-1] == "two"
         two.run("nohup sleep 1234.5 >/dev/null 2>&1 &")
-        assert two.processes() == ["sleep 1234.5"] and one.processes() == []
+        wait_for(lambda: two.processes() == ["sleep 1234.5"], "nohup becomes what it starts")
+        assert one.processes() == []
         # The network is cut, and healed; then the plug is pulled.
         two.cut()
         assert not reaches(laptop, two) and reaches(laptop, one)
