@@ -154,9 +154,7 @@ def _quiet_of_lost_nodes() -> Iterator[None]:
 
 def alive() -> set[str]:
     """The addresses of the nodes that Ray hears of."""
-    import ray
-
-    return {str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
+    return {address for address, ports in raylets().items() if ports}
 
 
 def raylets() -> dict[str, list[int]]:
