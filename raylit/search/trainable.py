@@ -25,7 +25,7 @@ REPORTS_FILE = "reports.json"  # in a checkpoint: how many reports there were, a
 class TrialSteps:
     """What Tune calls of a trainable. The actor is used for one trial after the other."""
 
-    trial_id: str  # Tune's
+    logdir: str  # Tune's: on this machine, called as the trial's folder in the search's
 
     def setup(self, config: dict[str, Any], payload: bytes, place: Job, storage: str) -> None:
         """``payload``: a ``TrialSpec``. ``place``: of the caller's process. ``storage``: the search's folder."""
@@ -52,9 +52,15 @@ class TrialSteps:
         told = {"epoch": report.epoch, "step": report.step, "training_iteration": self._reports}
         return {**report.metrics, **told, **ends}
 
+    @property
+    def _folder_name(self) -> str:
+        """The trial's folder: its id, or another name where Tune has found that taken. This is so where a driver was
+        killed when the trial had begun and Tune had not yet written that down: it begins again, in a new folder."""
+        return os.path.basename(self.logdir)
+
     def _started(self) -> Any:
         self._end_the_one_before()
-        folder = f"{self._folder.rstrip('/')}/{self.trial_id}"
+        folder = f"{self._folder.rstrip('/')}/{self._folder_name}"
         if self._spec.workers == 1:
             return TrialRun(self._spec, self._config, World(), folder, self._saved)
         from ray.exceptions import RayActorError
@@ -98,7 +104,7 @@ class TrialSteps:
         """
         checkpoint = getattr(checkpoint_path, "checkpoint", checkpoint_path)
         if not isinstance(checkpoint, str):
-            own = os.path.basename(os.path.dirname(checkpoint.path)) == self.trial_id  # and not a donor's
+            own = os.path.basename(os.path.dirname(checkpoint.path)) == self._folder_name  # and not a donor's
             if own or not _exists(checkpoint):
                 checkpoint_path = next(_newer(checkpoint, self._spec.workers), checkpoint_path)
         super().restore(checkpoint_path)  # type: ignore[misc]

@@ -304,6 +304,29 @@ class Halves(Searcher):
         self._rate /= 2
 
 
+class TakesItsFolder(tune.Callback):
+    """The folder of the second trial is there before Tune makes it, as after a driver that was killed once the trial
+    had begun, and before Tune had written that down."""
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if trial.trial_id.endswith("00000"):
+            (Path(trial.local_experiment_path) / trial.trial_id.replace("00000", "00001")).mkdir()
+
+
+def test_a_trial_s_files_are_where_tune_says_they_are(tmp_path: Path) -> None:
+    config = tune.TuneConfig(**BY_LOSS, max_concurrent_trials=1)
+    run_config = tune.RunConfig(callbacks=[TakesItsFolder()])
+    space = {"lr": tune.grid_search([0.08, 0.04])}
+    results = search(tmp_path, space, tune_config=config, run_config=run_config).fit()
+    named = [Path(result.path).name == result.metrics["trial_id"] for result in results]
+    assert named == [True, False]  # Tune has found another name
+    for result in results:
+        assert yaml.safe_load((Path(result.path) / "hparams.yaml").read_text())["lr"] == result.config["lr"]
+        assert (Path(result.path) / "history.parquet").exists()
+    taken = Path(results[1].path).with_name(results[1].metrics["trial_id"])
+    assert not any(taken.iterdir())
+
+
 def test_a_searcher_hears_of_each_trial_before_it_suggests_the_next(tmp_path: Path) -> None:
     searcher = Halves()
     config = tune.TuneConfig(num_samples=3, max_concurrent_trials=1, search_alg=searcher)

@@ -27,7 +27,7 @@ class Tunes:
 
 
 class Steps(TrialSteps, Tunes):
-    trial_id = "trial"
+    logdir = "/working_dirs/trial"
 
 
 def steps(tmp_path: Path) -> Steps:
@@ -97,7 +97,7 @@ def test_a_newer_checkpoint_of_the_trial_is_the_one_and_none_of_a_donor(tmp_path
     assert second.step()["training_iteration"] == 3
     second.cleanup()
     clone = steps(tmp_path)
-    clone.trial_id = "clone"
+    clone.logdir = "/working_dirs/clone"
     clone.restore(tune.Checkpoint(str(known)))
     assert clone.step()["training_iteration"] == 2
     clone.cleanup()
