@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from raylit.callback import Callback
+from raylit.checkpoint.archive import save
 from raylit.errors import CheckpointError
 from raylit.hparams import kept_hyperparameters, object_argument
 from raylit.plain import made_safe
@@ -169,7 +170,7 @@ def write(checkpoint: Mapping[str, Any], folder: str, name: str = FILE_NAME) -> 
     partial = f"{target}.partial"
     try:
         with open(partial, "wb") as file:
-            torch.save(dict(checkpoint), file)
+            save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)

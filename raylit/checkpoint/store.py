@@ -18,11 +18,11 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import IO, Any, cast
+from functools import partial
+from typing import Any
 
-import torch
-
-from raylit.checkpoint.folder import Folder, Hashed, Written
+from raylit.checkpoint.archive import save
+from raylit.checkpoint.folder import Folder, Written
 from raylit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -185,11 +185,7 @@ class Store:
     # -- writing -------------------------------------------------------------------------------------------------
     def write_part(self, name: str, file: str, content: Mapping[str, Any]) -> Written:
         """Write one file of a checkpoint that has no manifest yet; plain values and tensors on the CPU."""
-
-        def serialise(out: Hashed) -> None:
-            torch.save(dict(content), cast(IO[bytes], out))  # it asks for write and flush alone
-
-        return self.folder.write(f"{name}/{file}", serialise)
+        return self.folder.write(f"{name}/{file}", partial(save, content))
 
     def publish(self, manifest: Manifest) -> None:
         """Make a checkpoint be there: all its files are."""
