@@ -10,6 +10,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from raylit.callback import Callback
 from raylit.checkpoint.archive import save
+from raylit.checkpoint.memory import plain_copy, to_cpu
 from raylit.errors import CheckpointError
 from raylit.hparams import kept_hyperparameters, object_argument
 from raylit.plain import made_safe
@@ -37,18 +39,18 @@ def collect(
     *,
     loops: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
-    copies: bool = True,
+    copied: Callable[[Tensor], Tensor] | None = plain_copy,
     weights_only: bool = False,
 ) -> dict[str, Any]:
     """Return what rank 0 writes of a run: Lightning's keys, and ``extra`` under ``raylit``; tensors are CPU copies.
 
     ``on_save`` may change it. What it then holds can be written and read: the rest is left out, with a warning.
-    ``loops``: where the loops stand. ``copies=False``: for ranks that write nothing, and call ``on_save`` only so that
+    ``loops``: where the loops stand. ``copied=None``: for ranks that write nothing, and call ``on_save`` only so that
     all do. ``weights_only``: without what only training needs.
     """
     module = state.module
     assert module is not None
-    taken = to_cpu if copies else lambda value: value
+    taken: Callable[[Any], Any] = _as_it_is if copied is None else partial(to_cpu, copied=copied)
     checkpoint: dict[str, Any] = {
         "pytorch-lightning_version": _LAYOUT_VERSION,
         "epoch": state.epoch,
@@ -70,7 +72,11 @@ def collect(
     checkpoint["raylit"] = {"schema": SCHEMA, **({} if weights_only or extra is None else extra)}
     if on_save is not None:
         on_save(checkpoint)
-    return made_safe(checkpoint) if copies else checkpoint
+    return checkpoint if copied is None else made_safe(checkpoint)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def datamodule_key(cls: type[Any]) -> str:
@@ -148,19 +154,6 @@ def _by_key(callbacks: Sequence[Callback]) -> list[tuple[str, Callback]]:
         count = seen[key] = seen.get(key, -1) + 1
         named.append((f"{key}:{count}" if count else key, callback))
     return named
-
-
-def to_cpu(value: Any) -> Any:
-    """Return a copy of a nested value with every tensor detached and copied to the CPU."""
-    if torch.nn.parameter.is_lazy(value):
-        return value
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone() if value.device.type == "cpu" else value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: to_cpu(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(to_cpu(item) for item in value)
-    return value
 
 
 def write(checkpoint: Mapping[str, Any], folder: str, name: str = FILE_NAME) -> str:

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from raylit.checkpoint.content import apply
+from raylit.checkpoint.memory import CopyMemory
 from raylit.checkpoint.ranks import random_state
 from raylit.config.amounts import batches
 from raylit.engine.decide import (
@@ -92,6 +93,7 @@ class Fit:
         # A validation that is under way is not kept: it runs anew, from where it began.
         self._validation_notices = NoticeWatch.of(parts, lambda: take(self, at_safe_point=False))
         self.plan = OptimPlan()
+        self.memory = CopyMemory()  # of the state, when it is taken
         self.options: dict[str, Any] = {}  # that optimizers and schedulers were made with
 
     def run(self) -> None:

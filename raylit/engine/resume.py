@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from raylit.checkpoint import ranks
-from raylit.checkpoint.content import apply_optimizers, collect, load_weights, to_cpu
+from raylit.checkpoint.content import apply_optimizers, collect, load_weights
+from raylit.checkpoint.memory import plain_copy, to_cpu
 from raylit.engine.parts import Parts, Saved
 from raylit.plain import is_faithful, made_safe
 from raylit.ports import RunSnapshot
@@ -76,6 +77,8 @@ def take(fit: Fit, *, at_safe_point: bool, weights_only: bool = False) -> RunSna
         # Reductions that are the user's own callables come back with a call of log, and there is none to come.
         parts.metrics.settle()
     first = state.world.global_rank == 0
+    copied = fit.memory.copy
+    fit.memory.begin()
     extra: dict[str, Any] = {
         "world_size": state.world.world_size,
         "shares": state.world.shares_of_a_step,
@@ -88,9 +91,10 @@ def take(fit: Fit, *, at_safe_point: bool, weights_only: bool = False) -> RunSna
     if first and state.history is not None:
         extra["history"] = state.history.state_dict(whole=True)
     common = collect(
-        state, parts.on_save, loops=asdict(position), extra=extra, copies=first, weights_only=weights_only
+        state, parts.on_save, loops=asdict(position), extra=extra, copied=copied if first else None,
+        weights_only=weights_only,
     )  # fmt: skip
-    own = {} if weights_only else made_safe(to_cpu(_own(fit, position)))
+    own = {} if weights_only else made_safe(to_cpu(_own(fit, position), copied))
     return RunSnapshot(common if first else {}, own)
 
 
@@ -98,7 +102,8 @@ def take_weights(parts: Parts, weights_only: bool) -> RunSnapshot:
     """The checkpoint of a run that trains nothing: an evaluation, or a fit before its optimizers are there."""
     state = parts.state
     first = state.world.global_rank == 0
-    common = collect(state, parts.on_save, copies=first, weights_only=weights_only or state.stage is not Stage.FIT)
+    copied = plain_copy if first else None
+    common = collect(state, parts.on_save, copied=copied, weights_only=weights_only or state.stage is not Stage.FIT)
     return RunSnapshot(common if first else {}, {})
 
 
