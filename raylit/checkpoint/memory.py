@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -67,7 +66,8 @@ class CopyMemory:
         if held or self._memory is None or self._memory.nbytes < self._wanted:
             self._memory = None  # it goes before there is another
             if self._wanted:
-                self._memory = np.empty(self._wanted + _ALIGNED, np.uint8)
+                # Not by numpy.empty, which asks for huge pages: the system may take long to make room for them.
+                self._memory = torch.empty(self._wanted + _ALIGNED, dtype=torch.uint8).numpy()
                 self._references = sys.getrefcount(self._memory)
         self._at, self._wanted = 0 if self._memory is None else -self._memory.ctypes.data % _ALIGNED, 0
 
