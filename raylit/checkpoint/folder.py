@@ -28,6 +28,7 @@ from raylit.uri import has_more_than_a_path, redacted
 
 T = TypeVar("T")
 _CHUNK = 1 << 22
+_WINDOW = 1 << 25  # bytes of a file that the system holds at once while it is written
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
 PATIENCE_S = 30.0
 # Waiting does not help: each of these says what is wrong, and a person has to put it right.
@@ -51,7 +52,7 @@ class Clock:
 class Hashed:
     """A file that is written from its start to its end; knows its size and checksum when it is done."""
 
-    file: BinaryIO
+    file: BinaryIO | _Passing
     size_bytes: int = 0
     error: OSError | None = None  # the first; whoever serialises may word it otherwise
     _hash: Any = field(default_factory=_KINDS[_KIND])
@@ -260,7 +261,7 @@ class _Disk:
         self._make(os.path.dirname(target))
         partial = f"{target}.partial"
         try:
-            written = write_through(partial, serialise)
+            written = write_through(partial, serialise, passing=True)
             os.replace(partial, target)
         except BaseException:
             with contextlib.suppress(OSError):  # the first fault is the one to tell
@@ -360,19 +361,50 @@ class _Storage:
         self.filesystem.create_dir(self._of(at).rpartition("/")[0], recursive=True)
 
 
-def write_through(path: str, serialise: Callable[[Hashed], None]) -> Written:
-    """Write a file of this machine to the disk itself, hashing on the way."""
+def write_through(path: str, serialise: Callable[[Hashed], None], *, passing: bool = False) -> Written:
+    """Write a file of this machine to the disk itself, hashing on the way; ``passing``: see ``_Passing``."""
     with open(path, "wb") as raw:
-        file = Hashed(raw)
+        file = Hashed(_Passing(raw) if passing else raw)
         try:
             serialise(file)
         except Exception as error:
             if file.error is not None and error is not file.error:  # torch words it as a fault of its own
                 raise file.error from error
             raise
-        raw.flush()
+        file.flush()
         os.fsync(raw.fileno())
     return Written(file.size_bytes, file.checksum)
+
+
+class _Passing:
+    """A file that the system does not keep in memory: it goes to the disk piece by piece, and each piece is let go.
+
+    A large file pushes out of the system's memory what was read there, a data set of the training's for one. And where
+    the memory is new to a virtual machine, since its host takes free memory back, writing a file to it takes five to
+    ten times the CPU; here a file needs no more of it than a piece.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._start, self._end = raw, 0, 0  # bytes: of the piece that was not let go yet
+
+    def write(self, view: memoryview) -> int:
+        done = 0
+        while done < view.nbytes:
+            piece = view[done : done + self._start + _WINDOW - self._end]
+            self._raw.write(piece)
+            done, self._end = done + piece.nbytes, self._end + piece.nbytes
+            if self._end - self._start == _WINDOW:
+                self.flush()
+        return view.nbytes
+
+    def flush(self) -> None:
+        """What was written is on the disk."""
+        self._raw.flush()
+        if hasattr(os, "posix_fadvise"):  # Linux
+            os.fdatasync(self._raw.fileno())
+            page = self._start - self._start % 4096  # the one that the piece before ended in
+            os.posix_fadvise(self._raw.fileno(), page, self._end - page, os.POSIX_FADV_DONTNEED)
+        self._start = self._end
 
 
 def _sync_folder(folder: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raylit.checkpoint import folder as folders
 from raylit.checkpoint import read
 from raylit.checkpoint.folder import Folder, Hashed
 from raylit.checkpoint.ranks import read_ranks
@@ -31,6 +34,8 @@ from tests.unit.checkpoint.faulty import (
     manifest,
     no_permission,
 )
+
+needs_linux = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
 
 
 def common(step: int) -> dict[str, Any]:
@@ -263,7 +268,8 @@ def test_killed_anywhere_the_newest_is_the_old_one_or_the_new_one(at: int) -> No
 
 def test_killed_at_every_operation_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with the system's own calls."""
-    calls = ("replace", "unlink", "fsync", "rmdir", "makedirs")
+    calls = ("replace", "unlink", "fsync", "fdatasync", "rmdir", "makedirs")
+    monkeypatch.setattr(folders, "_WINDOW", 1000)  # files of several pieces
     real = {name: getattr(os, name) for name in calls}
     for at in range(1, 100):
         folder = tmp_path / str(at)
@@ -293,6 +299,61 @@ def test_killed_at_every_operation_on_disk(tmp_path: Path, monkeypatch: pytest.M
         if done:
             break
     assert done and at > 8
+
+
+# -- a file on its way to the disk -----------------------------------------------------------------------------------
+PAGE = 4096
+
+
+@needs_linux
+@given(sizes=st.lists(st.integers(0, 5 * PAGE), max_size=8))
+def test_of_a_file_no_more_than_a_piece_is_kept_in_memory(sizes: list[int]) -> None:
+    """All of it reaches the disk before it is let go, and all of it is let go."""
+    pieces = [os.urandom(size) for size in sizes]
+    synced, kept = 0, set()
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        raw_sync, window = os.fdatasync, 2 * PAGE + 100
+        patch.setattr(folders, "_WINDOW", window)
+
+        def sync(handle: int) -> None:
+            nonlocal synced
+            raw_sync(handle)
+            before, synced = synced, os.fstat(handle).st_size
+            kept.update(range(before // PAGE, -(-synced // PAGE)))
+            assert len(kept) <= 2 + window // PAGE
+
+        def let_go(handle: int, start: int, length: int, advice: int) -> None:
+            assert advice == os.POSIX_FADV_DONTNEED and start % PAGE == 0 and start + length == synced
+            kept.difference_update(range(start // PAGE, synced // PAGE))  # the last one stays where it is not full
+
+        patch.setattr(os, "fdatasync", sync)
+        patch.setattr(os, "posix_fadvise", let_go)
+
+        def serialise(file: Hashed) -> None:
+            for piece in pieces:
+                assert file.write(piece) == len(piece)
+
+        written = Folder(folder).write("file", serialise)
+        data = Path(folder, "file").read_bytes()
+        assert data == b"".join(pieces) and written.size_bytes == len(data) == synced
+        assert written.checksum == f"xxh3_128:{xxhash.xxh3_128(data).hexdigest()}"
+        assert len(kept) <= 1
+
+
+@needs_linux
+def test_a_disk_that_is_full_when_a_piece_reaches_it_costs_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folders, "_WINDOW", 1000)
+    monkeypatch.setattr(os, "fdatasync", full)
+    store = Store(Folder(str(tmp_path / "checkpoints")))
+    with pytest.raises(OSError, match="No space left"):
+        save(store, "one", 1)
+    assert store.folder.files("one") == [] and store.manifests() == []
 
 
 # -- strangers' files ------------------------------------------------------------------------------------------------
