@@ -28,7 +28,7 @@ from raylit.uri import has_more_than_a_path, redacted
 
 T = TypeVar("T")
 _CHUNK = 1 << 22
-_WINDOW = 1 << 25  # bytes of a file that the system holds at once while it is written
+_WINDOW = 1 << 23  # bytes of a file that the system holds at once while it is written
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
 PATIENCE_S = 30.0
 # Waiting does not help: each of these says what is wrong, and a person has to put it right.
