@@ -6,7 +6,7 @@ more than the copying, since the system hands it out page by page, each filled w
 
 from __future__ import annotations
 
-import sys
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 _LEAST_BYTES = 1 << 14  # smaller ones are not worth a place
-_ALIGNED = 64  # bytes, as torch's own memory
 
 
 def plain_copy(tensor: Tensor) -> Tensor:
@@ -51,39 +50,33 @@ def _nested(value: Any, copied: Callable[[Tensor], Tensor], known: dict[Any, tup
 class CopyMemory:
     """Copies the tensors of one state after the other: ``begin``, then ``copy`` for each.
 
-    The memory is as large as the last state was. While anybody still has a tensor of the last state (a writer, or a
-    hook that has kept one), that state's memory is left to them, and another is taken.
+    A copy goes to the place of one of the same size in the last state. While anybody still has that one (a writer, or a
+    hook that has kept it), its place is left to them.
     """
 
     def __init__(self) -> None:
-        self._memory: Any = None
-        self._references = 0  # to it, while nobody has a tensor in it
-        self._at = self._wanted = 0  # bytes
+        self._places: list[tuple[Any, weakref.ref[Any]]] = []  # of the last state; gone: nobody has a tensor there
+        self._free: dict[int, list[Any]] = {}  # by bytes
 
     def begin(self) -> None:
         """The next copies are of another state."""
-        held = self._memory is not None and sys.getrefcount(self._memory) > self._references
-        if held or self._memory is None or self._memory.nbytes < self._wanted:
-            self._memory = None  # it goes before there is another
-            if self._wanted:
-                # Not by numpy.empty, which asks for huge pages: the system may take long to make room for them.
-                self._memory = torch.empty(self._wanted + _ALIGNED, dtype=torch.uint8).numpy()
-                self._references = sys.getrefcount(self._memory)
-        self._at, self._wanted = 0 if self._memory is None else -self._memory.ctypes.data % _ALIGNED, 0
+        self._free = {}
+        for place, taken in self._places:
+            if taken() is None:
+                self._free.setdefault(place.nbytes, []).append(place)
+        self._places = []
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A copy on the CPU, detached."""
         size = tensor.numel() * tensor.element_size()
         if size < _LEAST_BYTES or not _is_plain(tensor) or not tensor.is_contiguous():  # others keep their strides
             return plain_copy(tensor)
-        start, space = self._at, -(-size // _ALIGNED) * _ALIGNED
-        self._wanted += space
-        if self._memory is None or start + size > self._memory.nbytes:
-            return plain_copy(tensor)
-        self._at += space
-        # Each in a storage of its own: torch.save writes whole storages.
-        place = torch.from_numpy(self._memory[start : start + size]).view(tensor.dtype).view(tensor.shape)
-        return place.copy_(tensor.detach())
+        free = self._free.get(size)
+        # Not by numpy.empty, which asks for huge pages: the system may take long to make room for them.
+        place = free.pop() if free else torch.empty(size, dtype=torch.uint8).numpy()
+        view = place[:]  # torch holds it as long as there is a tensor with this storage
+        self._places.append((place, weakref.ref(view)))
+        return torch.from_numpy(view).view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
 def _is_plain(tensor: Tensor) -> bool:

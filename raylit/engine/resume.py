@@ -32,7 +32,7 @@ from raylit.stage import Loop, Stage
 if TYPE_CHECKING:
     from raylit.engine.fit import Fit
 
-_MARKED_BYTES = 1 << 22  # at once: they take sixteen times their size meanwhile
+_MARKED_BYTES = 1 << 19  # at once: they take sixteen times their size meanwhile
 
 
 @dataclass
