@@ -19,7 +19,7 @@ from raylit.search.trial import Report, Saved, TrialRun, TrialSpec
 from raylit.wire import Job, World
 from raylit.worker.entry import take_callers_place
 
-REPORTS_FILE = "reports.json"  # in a checkpoint: how many reports there were, and the step of the last one
+REPORTS_FILE = "reports.json"  # in a checkpoint: how many reports there were; of the last one the step, and if it ended
 
 
 class TrialSteps:
@@ -41,13 +41,17 @@ class TrialSteps:
         self._saved: Saved | None = None
         self._run: Any = None
         self._reports, self._step = 0, 0
+        self._ended = False  # the last report was that of the fit's end
 
     def step(self) -> dict[str, Any]:
         """Train to the next report: its numbers, ``epoch`` (finished ones), ``step`` (of optimizers), ``finished``."""
         if self._run is None:
             self._run = self._started()
         report: Report = self._run.next()
-        self._reports, self._step = self._reports + 1, report.step
+        # A fit that goes on from its end is there at once, and tells again what was counted: a driver was killed before
+        # Tune had written the end down.
+        again = self._ended and report.done and report.step == self._step
+        self._reports, self._step, self._ended = self._reports + (not again), report.step, report.done
         ends = {"done": report.done, "finished": report.done}  # Tune sets the first itself where it stops a trial
         told = {"epoch": report.epoch, "step": report.step, "training_iteration": self._reports}
         return {**report.metrics, **told, **ends}
@@ -87,14 +91,15 @@ class TrialSteps:
             TrialRun(self._spec, self._config, saved=self._saved).save(checkpoint_dir)
         else:
             return
-        Path(checkpoint_dir, REPORTS_FILE).write_text(json.dumps({"reports": self._reports, "step": self._step}))
+        told = {"reports": self._reports, "step": self._step, "ended": int(self._ended)}
+        Path(checkpoint_dir, REPORTS_FILE).write_text(json.dumps(told))
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Go on from a checkpoint's folder, with this trial's own configuration."""
         self._end()
         self._saved = Saved.of(checkpoint) if os.listdir(checkpoint) else None
         told = _reports_of(checkpoint) if self._saved is not None else {"reports": 0, "step": 0}
-        self._reports, self._step = told["reports"], told["step"]
+        self._reports, self._step, self._ended = told["reports"], told["step"], bool(told.get("ended"))
 
     def restore(self, checkpoint_path: Any) -> None:
         """What Tune calls, with what ``save`` returned; it calls ``load_checkpoint``.

@@ -103,6 +103,21 @@ def test_a_newer_checkpoint_of_the_trial_is_the_one_and_none_of_a_donor(tmp_path
     clone.cleanup()
 
 
+def test_a_trial_that_had_ended_is_at_its_end_again_and_counts_no_report_more(tmp_path: Path) -> None:
+    """As after a driver that was killed before Tune had written the end down."""
+    first = steps(tmp_path)
+    while not (expected := first.step())["done"]:
+        continue
+    known = saved(first, tmp_path, 0)
+    first.cleanup()
+    for _ in range(2):
+        again = steps(tmp_path)
+        again.restore(tune.Checkpoint(str(known)))
+        assert again.step() == expected and expected["training_iteration"] == REPORTS
+        again.save_checkpoint(str(known))
+        again.cleanup()
+
+
 def test_where_no_checkpoint_is_left_tune_says_so(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="this checkpoint is gone"):
         steps(tmp_path).restore(tune.Checkpoint(str(tmp_path / "trial" / "checkpoint_000000")))
